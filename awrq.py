@@ -1,0 +1,40 @@
+"""AWRQ: round W so that Q @ quant(x) matches W @ x.
+
+What a layer sees at run time is not x but its quantized self xq.  The real-valued weight that best makes up for it is
+W* = W + W M (H + lam I)^-1 with H = xq^T xq and M = (x - xq)^T xq; rounding W* with GPTQ's loop on H is AWRQ.
+"""
+
+import torch
+
+import gptq
+from quant import fake_quant_act
+
+
+class Moments(gptq.Hessian):
+    """H = sum of xq^T xq and M = sum of (x - xq)^T xq over all tokens seen, (C, C) float32, each sequence quantized as at run time."""
+
+    def __init__(self, columns, recipe, device):
+        super().__init__(columns, recipe, device)
+        self.M = torch.zeros_like(self.H)
+        self.act_bits, self.per_token = recipe.act_bits, recipe.act_pertoken
+
+    def add(self, x):
+        """x (B, T, C)"""
+        xq = fake_quant_act(x, self.act_bits, self.per_token)
+        super().add(xq)
+        # The difference before the product: the difference of two products would cancel.
+        self.M.addmm_((x.float() - xq.float()).flatten(0, -2).T, xq.flatten(0, -2).float())
+
+    def permute(self, order):
+        super().permute(order)
+        self.M = self.M[order][:, order]
+
+
+def reformulate(W, M, U):
+    """W* = W + W M H^-1: the real-valued weight that best undoes activation rounding.  W (R, C), M (C, C), U upper (C, C), U^T U = H^-1."""
+    return W + torch.linalg.multi_dot((W, M, U.T, U))
+
+
+def quantize(W, stats, recipe, name):
+    """AWRQ on W (R, C) with stats.H, stats.M (C, C), which it uses up: q (R, C) uint8 and its Grid."""
+    return gptq.quantize(W, stats, recipe, name, target=lambda W, U: reformulate(W, stats.M, U))

@@ -1,0 +1,140 @@
+"""GPTQ: error-compensated rounding.  Frantar et al., "GPTQ" (ICLR 2023), algorithm 1.
+
+The column loop is written as a recursion: round the left half of the columns, pass its error on to the right half with one matrix product,
+round the right half.  It computes what the loop over columns computes, in matrix products of all sizes instead of rank-1 updates.
+"""
+
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from quant import find_grid, rtn
+
+SPAN = 128  # columns rounded on one CPU thread before the others are woken for a large matrix product
+
+
+class Hessian:
+    """H = sum of x^T x over all tokens seen, (C, C) float32.  Its scale cancels everywhere, so it is a sum and not a mean."""
+
+    def __init__(self, columns, recipe, device):
+        self.H = torch.zeros(columns, columns, device=device)
+
+    def add(self, x):
+        """x (B, T, C)"""
+        x = x.flatten(0, -2).float()
+        self.H.addmm_(x.T, x)
+
+    def permute(self, order):
+        """Put the columns in another order, (C,)."""
+        self.H = self.H[order][:, order]
+
+
+def inverse_factor(H, percdamp, name="layer"):
+    """Upper U (C, C) with U^T U = (H + lam I)^-1, lam = percdamp * mean(diag H).
+
+    If the damped H is not positive definite, percdamp grows tenfold, up to 1, with a warning that names the layer; then FloatingPointError.
+    """
+    mean = H.diagonal().mean()
+    while True:
+        # The lower factor of the reversed matrix, reversed, is an upper V with V V^T = H + lam I; so U = V^-1.
+        V = H.flip(0, 1)
+        V.diagonal().add_(percdamp * mean)
+        V, failed = torch.linalg.cholesky_ex(V)
+        if not failed:
+            break
+        if percdamp >= 1:
+            raise FloatingPointError(f"{name}: the Hessian of its inputs is not positive definite, even with --percdamp {percdamp:g}")
+        damped, percdamp = percdamp, min(max(10 * percdamp, 0.01), 1.0)
+        warnings.warn(f"{name}: Hessian not positive definite with --percdamp {damped:g}; going on with {percdamp:g}", stacklevel=2)
+    V = V.flip(0, 1)
+    return torch.linalg.solve_triangular(V, torch.eye(len(V), device=V.device), upper=True)
+
+
+@contextmanager
+def one_thread():
+    """Thousands of tiny operations: waking other threads for each costs more than they save, and very much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sweep(w, U, i, j, unit, work):
+    """Call work(a, b) on every `unit` rows of w[i:j] in turn, after compensating them for the error E that it left in the rows before."""
+    if j - i <= unit:
+        work(i, j)
+        return
+    m = i - (i - j) // (2 * unit) * unit  # the middle, rounded up to whole units
+    sweep(w, U, i, m, unit, work)
+    w[m:j].addmm_(U[i:m, m:j].T, w[i:m], alpha=-1)
+    sweep(w, U, m, j, unit, work)
+
+
+def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
+    """Round W (R, C) a block of columns after the other, passing each block's error on to the columns right of it: q (R, C) uint8.
+
+    U (C, C): upper, U^T U = H^-1.  grid: where the codes lie.  first (R, C): what the first block is rounded from, if not W (as AWRQ was
+    published).  order (C,): the places in the grid that the columns of W have, if they were permuted.  regrid(W (R, g)) -> Grid: finds the
+    grid of each group but the first, from W as it stands when the loop gets there, and updates `grid` in place.
+    """
+    C = W.shape[1]
+    g = C if grid.groupsize == -1 else grid.groupsize
+    blocksize = min(g, max(1, C // 100) if blocksize == -1 else blocksize)
+    w = W.T.contiguous()  # (C, R): a column of W is contiguous, and holds its error E once it is rounded
+    first = w if first is None else first.T
+    scale, zero = (grid.columns(p, C).T.contiguous().expand(C, -1) for p in (grid.scale, grid.zero))
+    if order is not None:
+        scale, zero = scale[order], zero[order]
+    q = torch.empty_like(w, dtype=torch.uint8)
+
+    def round_block(i, j):
+        s, z = scale[i:j], zero[i:j]
+        codes = torch.round((w if i else first)[i:j] / s).add_(z).clamp_(0, 2**grid.bits - 1)
+        q[i:j] = codes
+        w[i:j] -= codes.sub_(z).mul_(s)
+        w[i:j] = torch.linalg.solve_triangular(U[i:j, i:j].T, w[i:j], upper=False)
+
+    def round_group(i, j):
+        if regrid is not None and i:
+            fresh = regrid(w[i:j].T)
+            grid.scale[:, i // g], grid.zero[:, i // g] = fresh.scale[:, 0], fresh.zero[:, 0]
+            scale[i:j], zero[i:j] = fresh.scale.T, fresh.zero.T
+        sweep(w, U, i, j, max(1, SPAN // blocksize) * blocksize, round_span)
+
+    def round_span(i, j):
+        with one_thread():
+            sweep(w, U, i, j, blocksize, round_block)
+
+    sweep(w, U, 0, C, g, round_group)
+    return q.T.contiguous()
+
+
+def quantize(W, stats, recipe, name, target=None):
+    """GPTQ on W (R, C) with stats.H (C, C), which it uses up: q (R, C) uint8 and its Grid.
+
+    target(W, U) -> (R, C): the weight to round in place of W, in the column order of U.  Columns whose input is always zero get weight
+    zero; if all are, W is rounded to nearest, with a warning.  Raises FloatingPointError if H has NaN or Inf.
+    """
+    diagonal = stats.H.diagonal()
+    if not diagonal.isfinite().all():
+        raise FloatingPointError(f"{name}: NaN or Inf in the statistics of its inputs")
+    dead = diagonal == 0
+    if dead.all():
+        warnings.warn(f"{name}: all its calibration inputs are zero; its weights are rounded to nearest", stacklevel=2)
+        return rtn(W, stats, recipe, name)
+    find = partial(find_grid, bits=recipe.wbits, groupsize=recipe.groupsize, sym=recipe.sym)
+    alive = W.masked_fill(dead, 0)
+    diagonal[dead] = 1
+    grid = find(W if recipe.groupsize == -1 else alive)  # as published: the grid of a row sees its dead columns, that of a group does not
+    W, order = alive, None
+    if recipe.actorder:
+        order = diagonal.argsort(descending=True, stable=True)
+        W = W[:, order]
+        stats.permute(order)
+    U = inverse_factor(stats.H, recipe.percdamp, name)
+    q = solve(W if target is None else target(W, U), U, grid, W, recipe.blocksize, order, None if recipe.actorder else find)
+    return q if order is None else q[:, order.argsort()], grid

@@ -1,0 +1,167 @@
+"""What a quantized number is: the recipe, the grid, rounding, fake-quantized activations and the linear layer that uses them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting that changes a number.  16 bits means: not quantized.  Raises ValueError for a setting out of range."""
+
+    method: str = "full"
+    wbits: int = 16
+    act_bits: int = 16
+    groupsize: int = -1  # columns that share one weight scale; -1: the whole row
+    blocksize: int = 1  # columns rounded jointly; -1: one hundredth of the row
+    sym: bool = False
+    act_pertoken: bool = False
+    smooth: bool = False
+    alpha: float = 0.5
+    min: float = 0.1
+    percdamp: float = 0.01
+    actorder: bool = False
+    true_sequential: bool = False
+    calib_data: str = "c4"
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, ok, allowed in (
+            ("wbits", self.wbits in (2, 3, 4, 5, 6, 7, 8, 16), "2 to 8, or 16 for unquantized weights"),
+            ("act_bits", self.act_bits in (4, 5, 6, 7, 8, 16), "4 to 8, or 16 for unquantized activations"),
+            ("groupsize", self.groupsize == -1 or self.groupsize > 0, "a positive number of columns, or -1 for whole rows"),
+            ("blocksize", self.blocksize == -1 or self.blocksize > 0, "a positive number of columns, or -1 for one hundredth of them"),
+            ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
+            ("min", 0 < self.min < float("inf"), "positive"),
+            ("percdamp", 0 <= self.percdamp < float("inf"), "0 or more, for example 0.01"),
+            ("nsamples", self.nsamples > 0, "a positive number of sequences"),
+            ("seqlen", self.seqlen > 1, "at least 2 tokens"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not ok:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+
+
+# ---------------------------------------------------------------------------
+# Weights
+
+
+@dataclass
+class Grid:
+    """Where the integers of a weight (R, C) lie: w ~ scale * (q - zero).  scale, zero (R, G) float32, one column per group of columns."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    bits: int
+    groupsize: int  # columns per group, -1: all of them; the last group may be shorter
+
+    def columns(self, p, C):
+        """Spread p, which is `scale` or `zero`, from groups (R, G) to columns: (R, C), or (R, 1) if there is one group."""
+        return p if p.shape[1] == 1 else p.repeat_interleave(self.groupsize, 1)[:, :C]
+
+
+def find_grid(W, bits, groupsize=-1, sym=False):
+    """Min-max grid of W (R, C) per row and group; 0 is always on it, so a row of zeros stays zero.  As GPTQ's quantizer, without search."""
+    W = W.float()
+    g = W.shape[1] if groupsize == -1 else groupsize
+    W = F.pad(W, (0, -W.shape[1] % g)).unflatten(1, (-1, g))  # (R, G, g): padding with 0 moves no range that includes 0
+    lo, hi = W.amin(2).clamp(max=0), W.amax(2).clamp(min=0)
+    if sym:
+        hi = torch.maximum(hi, -lo)
+        lo = -hi
+    scale = (hi - lo) / (2**bits - 1)
+    scale[scale == 0] = 1
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-lo / scale)
+    return Grid(scale, zero, bits, groupsize)
+
+
+def to_int(W, grid):
+    """Round W (R, C) to the nearest point of its grid: (R, C) uint8."""
+    scale, zero = (grid.columns(p, W.shape[1]) for p in (grid.scale, grid.zero))
+    return torch.round(W.float() / scale).add_(zero).clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+
+
+def from_int(q, grid):
+    """The weight that the codes q (R, C) uint8 stand for: (R, C) float32."""
+    scale, zero = (grid.columns(p, q.shape[1]) for p in (grid.scale, grid.zero))
+    return (q - zero) * scale
+
+
+def rtn(W, stats, recipe, name):
+    """Round to nearest, the baseline.  W (R, C) -> q (R, C) uint8, Grid.  Needs no statistics."""
+    grid = find_grid(W, recipe.wbits, recipe.groupsize, recipe.sym)
+    return to_int(W, grid), grid
+
+
+# ---------------------------------------------------------------------------
+# Activations
+
+
+def fake_quant_act(x, bits, per_token=False):
+    """Round x (B, T, C) to an asymmetric min-max grid of its own and back, per sequence (T, C) or per token (C,).
+
+    Dynamic, in float32 whatever the type of x, returned in that type.  The range includes 0, so 0 <= zero <= 2^bits - 1.  Method notes: the
+    paper calls one scale per sequence "per tensor" and reduces over a batch of one; here a result never depends on the batch.
+    """
+    if bits >= 16:
+        return x
+    x32 = x.float()
+    dims = -1 if per_token else (-2, -1)
+    lo, hi = x32.amin(dims, keepdim=True).clamp_(max=0), x32.amax(dims, keepdim=True).clamp_(min=0)
+    scale = (hi - lo) / (2**bits - 1)
+    scale[scale == 0] = 1
+    zero = torch.round(-lo / scale)
+    q = (x32 / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    return q.sub_(zero).mul_(scale).to(x.dtype)
+
+
+class Batch:
+    """How many sequences run through a model now: its blocks report it, its linears read it, as OPT flattens x to (B * T, C) before fc1."""
+
+    size = 1
+
+    def observe(self, block, args, kwargs):
+        """Forward pre-hook of a decoder block, whose first input is (B, T, D)."""
+        self.size = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with fake-quantized weight and activations: y = Wq @ quant(x / in_scale) + b.
+
+    Made from an nn.Linear (or one like it), whose function it has until it is given fewer bits.  Weight and bias are float32 while the
+    block is worked on, so that smoothing and rounding see no half precision; `settle` gives them the model's type.
+    """
+
+    def __init__(self, linear, batch):
+        super().__init__()
+        self.dtype = linear.weight.dtype
+        self.weight = nn.Parameter(linear.weight.float(), requires_grad=False)  # (R, C)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float(), requires_grad=False)
+        self.register_buffer("in_scale", None)  # (C,) where no preceding weight can absorb 1/s
+        self.act_bits, self.per_token = 16, False
+        self.batch = batch
+
+    def smoothed(self, x):
+        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale."""
+        x = x.reshape(self.batch.size, -1, x.shape[-1])
+        return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
+
+    def settle(self, act_bits, per_token):
+        """Quantize activations from now on, and keep weight and bias in the model's type."""
+        self.act_bits, self.per_token = act_bits, per_token
+        self.weight.data = self.weight.to(self.dtype)
+        if self.bias is not None:
+            self.bias.data = self.bias.to(self.dtype)
+
+    def forward(self, x):
+        xq = fake_quant_act(self.smoothed(x), self.act_bits, self.per_token)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(xq, self.weight.to(x.dtype), bias).view(*x.shape[:-1], -1)
+
+    def extra_repr(self):
+        R, C = self.weight.shape
+        return f"{C}, {R}, bias={self.bias is not None}, act_bits={self.act_bits}, per_token={self.per_token}"

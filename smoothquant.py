@@ -1,0 +1,34 @@
+"""SmoothQuant: move the difficulty of activations into the weights.  Xiao et al., "SmoothQuant" (ICML 2023), equations 3 and 4."""
+
+import torch
+
+
+class AbsMax:
+    """max |x| of every input channel over all tokens seen: (C,) float32."""
+
+    def __init__(self, columns, device):
+        self.max = torch.zeros(columns, device=device)
+
+    def add(self, x):
+        """x (B, T, C)"""
+        self.max = torch.maximum(self.max, x.abs().flatten(0, -2).amax(0).float())
+
+
+def smooth_scale(act_max, weights, alpha, minimum):
+    """s = max|x|^alpha / max|w|^(1 - alpha), at least `minimum`: (C,).  weights: all (R, C) that read this input together."""
+    weight_max = torch.stack([W.float().abs().amax(0) for W in weights]).amax(0).clamp(min=1e-5)  # a zero column must not give 0/0
+    return (act_max**alpha / weight_max ** (1 - alpha)).clamp(min=minimum)
+
+
+def fold(s, linears, producer=None):
+    """W <- W * s and x <- x / s, which changes no function.  s (C,); linears: the QuantLinears that read x.
+
+    producer: the norm (weight (C,)) or linear (weight (C, K): its rows) that x comes from and depends on linearly, which takes 1/s; without
+    one, the linears divide by `in_scale` at run time.
+    """
+    for linear in linears:
+        linear.weight.mul_(s)
+        linear.in_scale = s if producer is None else None
+    for p in (producer.weight, getattr(producer, "bias", None)) if producer is not None else ():
+        if p is not None:
+            p.copy_((p.float().movedim(0, -1) / s).movedim(-1, 0))
