@@ -1,0 +1,270 @@
+"""Text to tokens: which corpora there are, how the published loaders cut them into windows, where their text is (the hub, or --data_dir).
+
+A row of CORPORA is a corpus; any other folder of --data_dir is one too.  Each number carries its `protocol`: two of them never compare.
+Usage: ids, protocol = datautils.calibration("c4", tokenizer, nsamples=128, seqlen=2048, seed=0)
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")  # of a split's file: rows are lines, or JSON objects with a field "text"
+
+
+# ---- how rows become tokens ----
+@dataclass(frozen=True)
+class Joined:
+    """Rows joined with `sep` into one text, tokenized in one call: chunks would change the tokens at their seams."""
+
+    sep: str
+    n_rows: int | None = None  # evaluation: the first rows only
+    n_windows: int | None = None  # evaluation: the first windows only
+
+    def draw(self, rows, encode, n, seqlen, seed, label):
+        """(ids (n, seqlen), rule): windows at random offsets of the joined text."""
+        ids = self._join(rows, encode, label)
+        _require_windows(label, len(ids), len(ids) - seqlen, n, seqlen)
+        rng = random.Random(seed)
+        starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(n)]
+        return torch.stack([ids[i : i + seqlen] for i in starts]), f"rows joined with {self.sep!r}, windows at random offsets of the text"
+
+    def tokens(self, rows, encode, seqlen, label):
+        """(ids (N,), rule): the joined text, or its first n_windows windows of seqlen."""
+        ids = self._join(rows[: self.n_rows], encode, label)[: self.n_windows and self.n_windows * seqlen]
+        part = [f"first {n}" if n else "all" for n in (self.n_rows, self.n_windows)]
+        return ids, f"{part[0]} rows joined with {self.sep!r}, {part[1]} consecutive windows of the text"
+
+    def _join(self, rows, encode, label):
+        text = self.sep.join(rows)
+        with tqdm(total=len(text), unit="char", unit_scale=True, desc=f"tokenizing {label}") as bar:
+            ids = encode(text)
+            bar.update(len(text))
+        return ids
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Rows are documents and a window lies inside one of more than seqlen tokens ("at least", as published, crashes on exactly seqlen)."""
+
+    n_windows: int  # evaluation: random windows, always of seed 0
+
+    def draw(self, rows, encode, n, seqlen, seed, label):
+        """(ids (n, seqlen), rule): windows at random offsets of random documents."""
+        length = functools.cache(lambda i: len(encode(rows[i])))
+        distinct = 0  # counted until it is enough, so that no draw can go on for ever
+        for i in tqdm(range(len(rows)), unit="document", desc=f"finding long documents in {label}", leave=False):
+            distinct += max(0, length(i) - seqlen)
+            if distinct >= n:
+                break
+        else:
+            _require_windows(label, max(map(length, range(len(rows)))), distinct, n, seqlen)
+        rng = random.Random(seed)
+        windows = []
+        for _ in tqdm(range(n), unit="window", desc=f"tokenizing {label}"):
+            while length(i := rng.randint(0, len(rows) - 1)) <= seqlen:
+                pass
+            start = rng.randint(0, length(i) - seqlen - 1)
+            windows.append(encode(rows[i])[start : start + seqlen])
+        return torch.stack(windows), "random documents of more than seqlen tokens, one window at a random offset of each"
+
+    def tokens(self, rows, encode, seqlen, label):
+        """(ids (n_windows * seqlen,), rule): random windows, one after the other."""
+        ids, rule = self.draw(rows, encode, self.n_windows, seqlen, 0, label)
+        return ids.flatten(), f"{self.n_windows} windows of seed 0: {rule}"
+
+
+# ---- the corpora ----
+@dataclass(frozen=True)
+class Corpus:
+    """A row of CORPORA.  The defaults are the rules for any other folder of --data_dir."""
+
+    folder: str  # under --data_dir: folder/SPLIT.txt, .jsonl or .jsonl.gz
+    cut: Joined | Documents = Joined("\n")
+    calib_splits: tuple = ("train", "validation")  # the first that --data_dir has; on the hub the first; empty: for evaluation only
+    eval_splits: tuple = ("test", "validation")
+    row: Callable = lambda line: line.removesuffix("\n")  # a line of a .txt file -> the hub's row
+    hub: Callable | None = None  # split -> arguments of datasets.load_dataset (version 5 has no loading scripts)
+    field: str = "text"  # the hub's column
+
+
+PTB = Corpus(
+    folder="ptb",
+    cut=Joined("\n\n"),
+    eval_splits=("validation",),
+    row=str.strip,
+    hub=lambda split: {
+        "path": "ptb-text-only/ptb_text_only",
+        "revision": "refs/convert/parquet",
+        "data_files": {split: f"penn_treebank/{split}/0000.parquet"},
+    },
+    field="sentence",
+)
+C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+C4 = Corpus(
+    folder="c4",
+    cut=Documents(n_windows=256),
+    eval_splits=("validation",),
+    hub=lambda split: {"path": "allenai/c4", "data_files": {split: C4_SHARDS[split]}},
+)
+CORPORA = {  # ptb and c4 are the protocols of the paper's tables; -new are GPTQ's later ones, for evaluation only
+    "wikitext2": Corpus(
+        folder="wikitext2",
+        cut=Joined("\n\n"),
+        eval_splits=("test",),
+        row=lambda line: line if line.strip() else "",
+        hub=lambda split: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+    ),
+    "ptb": PTB,
+    "ptb-new": replace(PTB, cut=Joined(" "), calib_splits=(), eval_splits=("test",)),
+    "c4": C4,
+    "c4-new": replace(C4, cut=Joined(" ", n_rows=1100, n_windows=256), calib_splits=()),
+}
+
+
+# ---- what the scripts call ----
+def calibration(name, tokenizer, nsamples, seqlen, seed=0, data_dir=None):
+    """Random windows, drawn as the published loaders draw: (ids (nsamples, seqlen) int64, protocol: a dict for the results JSON).
+
+    seqlen is in tokens, the tokenizer's own special ones included.  With data_dir the hub is never asked.
+    ValueError: unknown or unsuitable corpus, too little text, a broken file.  OSError: no such file (FileNotFoundError), or the hub failed.
+    """
+    assert min(nsamples, seqlen) > 0, f"{nsamples=} {seqlen=}"
+    corpus, split, file = _locate(name, "calib_splits", data_dir)
+    rows, source = _read(name, corpus, split, file)
+    ids, rule = corpus.cut.draw(rows, _encoder(tokenizer), nsamples, seqlen, seed, f"{name} {split}")
+    return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+
+
+def eval_tokens(name, tokenizer, seqlen, data_dir=None):
+    """The evaluation text: (ids (N,) int64, N >= seqlen, protocol: a dict for the results JSON).  The evaluator cuts windows of seqlen.
+
+    Arguments and errors are those of `calibration`.
+    """
+    assert seqlen > 0, f"{seqlen=}"
+    corpus, split, file = _locate(name, "eval_splits", data_dir)
+    rows, source = _read(name, corpus, split, file)
+    ids, rule = corpus.cut.tokens(rows, _encoder(tokenizer), seqlen, f"{name} {split}")
+    if len(ids) < seqlen:
+        raise ValueError(f"{name} {split} has {len(ids)} tokens, not one window of seqlen {seqlen}; use a shorter seqlen or more text")
+    return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
+
+
+def check_corpora(calib_name, eval_names, data_dir=None):
+    """Cheap checks before long work: each corpus is known, its file is there, and no text is used twice.  calib_name None: no calibration.
+
+    Raises ValueError or FileNotFoundError.  The text is read later.
+    """
+    calib = None if calib_name is None else _identity(*_locate(calib_name, "calib_splits", data_dir))
+    for name in eval_names:
+        corpus, split, file = _locate(name, "eval_splits", data_dir)
+        if _identity(corpus, split, file) == calib:
+            raise ValueError(f"calibration on {calib_name} and evaluation on {name} would share {corpus.folder}/{split}; change one")
+
+
+# ---- where the text is ----
+def _locate(name, use, data_dir):
+    """(corpus, split, file) of a use, "calib_splits" or "eval_splits": the first split that data_dir has; file None: it is on the hub."""
+    corpus = _corpus(name, data_dir)
+    splits = getattr(corpus, use)
+    if not splits:
+        known = ", ".join(key for key, row in CORPORA.items() if row.calib_splits)
+        raise ValueError(f"{name} is for evaluation only; calibrate on one of {known}")
+    if data_dir is None:
+        return corpus, splits[0], None
+    for split in splits:
+        files = [file for suffix in SUFFIXES if (file := Path(data_dir, corpus.folder, split + suffix)).is_file()]
+        if len(files) > 1:
+            raise ValueError(f"{name}: {' and '.join(map(str, files))} are the same split; keep one of them")
+        if files:
+            return corpus, split, files[0]
+    raise FileNotFoundError(f"{name}: --data_dir {data_dir} has no {' or '.join(_file_names(corpus, split) for split in splits)}")
+
+
+def _corpus(name, data_dir):
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder")
+    folders = [] if data_dir is None else sorted(path.name for path in Path(data_dir).iterdir() if path.is_dir())
+    if name in CORPORA:
+        return CORPORA[name]
+    if name in folders:  # so that no name leads out of data_dir
+        return Corpus(name)
+    raise ValueError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}; folders of --data_dir: {', '.join(folders) or 'none'}")
+
+
+def _file_names(corpus, split):
+    return f"{corpus.folder}/{split}({'|'.join(SUFFIXES)})"
+
+
+def _identity(corpus, split, file):
+    """Equal for two uses of one text."""
+    return file.resolve() if file else (corpus.folder, split)
+
+
+# ---- reading it ----
+def _read(name, corpus, split, file):
+    """(rows: a sequence of str, source: where they are from, without any path of this machine)."""
+    rows, source = _read_file(corpus, file) if file else _read_hub(name, corpus, split)
+    if not any(row.strip() for row in rows):
+        raise ValueError(f"{name}: its {split} split is empty ({file or source}); use another corpus")
+    return rows, source
+
+
+def _read_hub(name, corpus, split):
+    arguments = corpus.hub(split) | {"split": split}
+    call = f"load_dataset({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    try:
+        import datasets  # here: slow to import, and --data_dir does without
+
+        return datasets.load_dataset(**arguments)[corpus.field], call
+    except Exception as error:  # whatever the network, the hub or the cache raise, the way out is the same
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        way_out = f"without the hub use --data_dir DIR with {_file_names(corpus, split)} in DIR"
+        raise OSError(f"{name}: no {split} split from the hub; tried {call}; {reason}; {way_out}") from error
+
+
+def _read_file(corpus, file):
+    parse = corpus.row if file.suffix == ".txt" else _json_text
+    rows = []
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
+            for line in lines:
+                rows.append(parse(line))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}: broken gzip ({error}); fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error.reason}); convert it") from error
+    except ValueError as error:
+        raise ValueError(f"{file}, line {len(rows) + 1}: {error}") from error
+    return rows, f"{corpus.folder}/{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()})"
+
+
+def _json_text(line):
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('no string field "text"')
+    return record["text"]
+
+
+# ---- tokens ----
+def _encoder(tokenizer):
+    """text -> ids (n,).  Called plainly, as published; not verbose, since a text longer than the model's context is meant."""
+    return lambda text: torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _require_windows(label, longest, distinct, n, seqlen):
+    if longest <= seqlen:
+        raise ValueError(f"{label}: its longest text has {longest} tokens, seqlen {seqlen} needs more; use a shorter seqlen or more text")
+    if distinct < n:
+        raise ValueError(f"{label}: {distinct} distinct windows of {seqlen} tokens, {n} needed; use a shorter seqlen, fewer or more text")
