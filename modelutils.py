@@ -1,0 +1,499 @@
+"""Walking a decoder block by block: which linears read what, what a method needs, capture, smoothing, rounding, propagation."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+import awrq
+import gptq
+import quant
+from quant import Batch, Grid, QuantLinear, Recipe, from_int
+from smoothquant import AbsMax, fold, smooth_scale
+
+# ---------------------------------------------------------------------------
+# The two tables
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same input, and the module of the block that it comes from."""
+
+    producer: str  # takes 1/s of a smoothing scale
+    linears: tuple[str, ...]
+    exact: Callable = lambda config: True  # whether 1/s can go into the producer without changing the function
+
+
+@dataclass(frozen=True)
+class Family:
+    blocks: str  # the list of decoder blocks
+    after: tuple[str, ...]  # from the last block's output to the logits; a module that a model lacks is skipped
+    groups: tuple[Group, ...]  # in the order of execution
+
+
+def opt_pre_norm(config):
+    """OPT-350m normalises after the residual sum: its norms feed the residual too, and can absorb nothing."""
+    return config.do_layer_norm_before and config.layer_norm_elementwise_affine
+
+
+FAMILIES = {  # by config.model_type
+    "opt": Family(
+        blocks="model.decoder.layers",
+        after=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
+        groups=(
+            Group("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), opt_pre_norm),
+            Group("self_attn.v_proj", ("self_attn.out_proj",)),
+            Group("final_layer_norm", ("fc1",), opt_pre_norm),
+            Group("fc1", ("fc2",), lambda config: config.activation_function == "relu"),  # relu(s x) = s relu(x)
+        ),
+    ),
+}
+
+NEVER, OPTIONAL, ALWAYS = (False,), (False, True), (True,)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is.  weights(W, stats, recipe, name) -> codes, Grid; stats: what it must see first; acts, smooth: what it allows."""
+
+    weights: Callable | None = None
+    stats: type | None = None
+    acts: tuple[bool, ...] = NEVER
+    smooth: tuple[bool, ...] = NEVER
+
+
+METHODS = {
+    "full": Method(),
+    "act_only": Method(acts=ALWAYS, smooth=OPTIONAL),
+    "rtn": Method(quant.rtn, acts=ALWAYS),
+    "smoothquant": Method(quant.rtn, acts=ALWAYS, smooth=ALWAYS),
+    "gptq": Method(gptq.quantize, gptq.Hessian, acts=OPTIONAL, smooth=OPTIONAL),
+    "awrq": Method(awrq.quantize, awrq.Moments, acts=ALWAYS, smooth=OPTIONAL),
+}
+
+# ---------------------------------------------------------------------------
+# Loading
+
+
+def load_config(name, families):
+    """The configuration of a local folder or hub model.  OSError if there is none, ValueError if its model_type is not in `families`."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        raise OSError(
+            f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
+            f" ({_first_line(e)}); a gated model needs `hf auth login`"
+        ) from e
+    if config.model_type not in families:
+        raise ValueError(f"{name} is a {config.model_type} model; this script takes {', '.join(families)}")
+    return config
+
+
+def load_tokenizer(name):
+    """The model's own tokenizer.  If its configuration asks for a first token (OPT's </s>), it adds it, whatever file it was read from."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as e:  # transformers raises whatever its backends do
+        raise OSError(f"{name}: no usable tokenizer there ({_first_line(e)}); save it into the model's folder") from e
+    if get_tokenizer_config(name).get("add_bos_token") and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        tokenizer.add_bos_token = True
+    return tokenizer
+
+
+def check_vocabulary(config, texts):
+    """Raises ValueError if a text, ids (N,) or (n, T), has a token that the model does not know."""
+    largest = max(int(ids.max()) for ids in texts)
+    if largest >= config.vocab_size:
+        raise ValueError(f"the tokenizer gives token {largest}, the model knows {config.vocab_size}: they do not belong together")
+
+
+def load_model(name, dtype="auto", device="cpu"):
+    """The model in host memory and evaluation mode, from safetensors only; "auto" is the checkpoint's type, but float32 to run on a CPU.
+
+    Raises OSError if there are no such weights, FloatingPointError if one is NaN or Inf, with its name.
+    """
+    dtype = "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except OSError as e:
+        raise OSError(
+            f"{name}: no loadable *.safetensors weights there ({_first_line(e)}); pickled weights are not read,"
+            " convert them with save_pretrained() of transformers"
+        ) from e
+    for key, p in tqdm(model.state_dict().items(), desc="checking weights", unit="tensor", leave=False):
+        if p.is_floating_point() and not p.isfinite().all():
+            raise FloatingPointError(f"{name}: NaN or Inf in the weight {key}")
+    return model.eval()
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+# ---------------------------------------------------------------------------
+# Running blocks
+
+
+class Clock:
+    """Seconds by activity: `with clock("solving"): ...` adds to clock.seconds["solving"], after the device has finished."""
+
+    def __init__(self, device):
+        self.device, self.seconds = torch.device(device), defaultdict(float)
+
+    @contextmanager
+    def __call__(self, activity):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[activity] += time.perf_counter() - start
+
+
+def default_walk_batch(config, seqlen, device):
+    """Sequences to run together: 8192 tokens on a GPU (fewer if their widest activations exceed a tenth of its memory), 2048 on a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    width = max(config.hidden_size, getattr(config, "ffn_dim", 0), getattr(config, "intermediate_size", 0), config.vocab_size)
+    return max(1, min(8192 if device.type == "cuda" else 2048, int(memory / 10 / (8 * width))) // seqlen)
+
+
+def decoder_blocks(model):
+    """The list of decoder blocks (nn.ModuleList)."""
+    return model.get_submodule(FAMILIES[model.config.model_type].blocks)
+
+
+@contextmanager
+def only_first_block(model):
+    """Shorten the model to its first block; the others stay where they are."""
+    path, _, name = FAMILIES[model.config.model_type].blocks.rpartition(".")
+    parent, blocks = model.get_submodule(path), decoder_blocks(model)
+    setattr(parent, name, blocks[:1])
+    try:
+        yield
+    finally:
+        setattr(parent, name, blocks)
+
+
+def record_inputs(model, batches, device):
+    """What enters the first block.  batches: iterable of (B, T) token ids.
+
+    Returns ([(B, T, D) on the device], {(B, T): the block's keyword arguments}).  The arguments (masks, positions, rotary tables) are
+    opaque: they are recorded and replayed as they are, so transformers may rename them.
+    """
+    inputs, kwargs = [], {}
+
+    def record(block, args, kw):
+        inputs.append(args[0])
+        kwargs[args[0].shape[:2]] = kw
+
+    with only_first_block(model):
+        model.to(device)
+        handle = decoder_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)
+        for ids in batches:
+            model.base_model(ids.to(device), use_cache=False)  # a cache would travel in kwargs and grow with every replay
+        handle.remove()
+        model.to("cpu")
+    return inputs, kwargs
+
+
+def run_block(block, x, kwargs, name):
+    """x (B, T, D) through a block.  Raises FloatingPointError, naming the layer, if NaN or Inf comes out."""
+    kwargs = kwargs[x.shape[:2]]
+    out = block(x, **kwargs)
+    out = out if torch.is_tensor(out) else out[0]  # newer transformers return the tensor, older ones a tuple
+    if not out.isfinite().all():
+        raise FloatingPointError(f"{name}: NaN or Inf in the output of {_first_nonfinite(block, x, kwargs)}")
+    return out
+
+
+def _first_nonfinite(block, x, kwargs):
+    """Name of the first submodule, in the order of execution, whose output is not finite."""
+    found = []
+
+    def check(module, args, out, name):
+        out = out if torch.is_tensor(out) else out[0]
+        if not out.isfinite().all():
+            found.append(name)
+
+    for name, module in block.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: check(m, args, out, name))
+    block(x, **kwargs)
+    return found[0] or "the block"
+
+
+def walk(model, device, desc):
+    """Each decoder block in turn, on the device while it is worked on; with a progress bar."""
+    for i, block in enumerate(tqdm(decoder_blocks(model), desc=desc, unit="block")):
+        yield i, block.to(device)
+        block.to("cpu")
+
+
+def propagate(block, x, kwargs, name):
+    """Replace the inputs of a block, a list of (B, T, D), by its outputs, one by one."""
+    for k, h in enumerate(x):
+        x[k] = run_block(block, h, kwargs, name)
+
+
+def observe(block, x, kwargs, name, observers):
+    """Run the block over all its inputs.  observers, {QuantLinear: (objects with .add, ...)}, see what their linear reads: (B, T, C)."""
+
+    def show(linear, args):
+        for observer in observers[linear]:
+            observer.add(linear.smoothed(args[0]))
+
+    handles = [linear.register_forward_pre_hook(show) for linear in observers]
+    for h in x:
+        run_block(block, h, kwargs, name)
+    for handle in handles:
+        handle.remove()
+
+
+# ---------------------------------------------------------------------------
+# Quantizing
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized linear and its output_error."""
+
+    block: int
+    name: str
+    error: float
+
+
+class FirstSequence:
+    """The input of a linear in the first calibration sequence: (T, C)."""
+
+    x = None
+
+    def add(self, x):
+        """x (B, T, C)"""
+        if self.x is None:
+            self.x = x[0].clone()
+
+
+def output_error(W, x, linear):
+    """sum |W x - Q xq|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if x is all zero."""
+    y = x.float() @ W.T
+    xq = quant.fake_quant_act(x[None], linear.act_bits, linear.per_token)[0]
+    error = (y - xq.float() @ linear.weight.float().T).square().sum() / y.square().sum()
+    return error.nan_to_num(0).item()
+
+
+def replace_linears(block, groups, batch):
+    """Put a QuantLinear in place of every linear of the groups: {name: QuantLinear}."""
+    linears = {}
+    for name in (name for group in groups for name in group.linears):
+        path, _, attribute = name.rpartition(".")
+        linears[name] = QuantLinear(block.get_submodule(name), batch)
+        setattr(block.get_submodule(path), attribute, linears[name])
+    block.register_forward_pre_hook(batch.observe, with_kwargs=True)
+    return linears
+
+
+def smooth_block(block, groups, linears, config, recipe, absmax):
+    """Smooth every group of a block.  All scales come from the original block, before any fold; absmax: {Group: AbsMax}."""
+    weights = {group: [linears[name].weight for name in group.linears] for group in groups}
+    scales = {group: smooth_scale(absmax[group].max, weights[group], recipe.alpha, recipe.min) for group in groups}
+    for group, s in scales.items():
+        producer = block.get_submodule(group.producer) if group.exact(config) else None
+        fold(s, [linears[name] for name in group.linears], producer)
+
+
+def round_group(linears, method, stats, recipe, name):
+    """Round linears that read the same input as one matrix, their rows stacked: [(codes, Grid)] of each."""
+    rows = [len(linear.weight) for linear in linears]
+    q, grid = method.weights(torch.cat([linear.weight for linear in linears]), stats, recipe, name)
+    grids = [
+        Grid(scale, zero, grid.bits, grid.groupsize) for scale, zero in zip(grid.scale.split(rows), grid.zero.split(rows), strict=True)
+    ]
+    return list(zip(q.split(rows), grids, strict=True))
+
+
+@torch.no_grad()
+def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None):
+    """Quantize the decoder blocks of a model in place, one on the device at a time, first to last.
+
+    ids (n, T): calibration sequences.  The inputs of a block come from the quantized blocks before it.  Yields for each block [Layer] and
+    {name: (codes (R, C) uint8, Grid)}, which is empty if weights are not rounded.  Raises FloatingPointError, naming block and layer,
+    where NaN or Inf turns up.
+    """
+    groups, method = FAMILIES[model.config.model_type].groups, METHODS[recipe.method]
+    clock, batch = clock or Clock(device), Batch()
+    if method.stats is None and not recipe.smooth:
+        ids = ids[:1]  # nothing to learn from the others: the first is for the errors
+    with clock("capture"):
+        x, kwargs = record_inputs(model, ids.split(walk_batch), device)
+    for i, block in walk(model, device, f"quantizing ({recipe.method})"):
+        name, layers, codes = f"block {i}", [], {}
+        linears = replace_linears(block, groups, batch)
+        first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
+        if recipe.smooth:
+            with clock("smoothing"):
+                absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
+                observe(block, x, kwargs, name, {first[group]: (absmax[group],) for group in groups})
+                smooth_block(block, groups, linears, model.config, recipe, absmax)
+        for step in [(group,) for group in groups] if recipe.true_sequential else [groups]:
+            with clock("statistics"):
+                sample = {group: FirstSequence() for group in step}
+                stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
+                observe(block, x, kwargs, name, {first[g]: (sample[g], *([stats[g]] if stats else ())) for g in step})
+            for group in step:
+                names = group.linears
+                originals = [linears[n].weight.data for n in names]
+                if method.weights:
+                    with clock("solving"):
+                        rounded = round_group(
+                            [linears[n] for n in names], method, stats.pop(group, None), recipe, f"{name} {'/'.join(names)}"
+                        )
+                    codes |= dict(zip(names, rounded, strict=True))
+                for n, W in zip(names, originals, strict=True):
+                    if n in codes:
+                        linears[n].weight.data = from_int(*codes[n])
+                    linears[n].settle(recipe.act_bits, recipe.act_pertoken)
+                    layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
+        with clock("propagation"):
+            propagate(block, x, kwargs, name)
+        yield layers, codes
+
+
+def quantize(model, ids, recipe, device, walk_batch, clock):
+    """quantize_blocks to the end, printing the output error of every linear as blocks are finished: [Layer] of the whole model."""
+    layers = []
+    for done, _ in quantize_blocks(model, ids, recipe, device, walk_batch, clock):
+        tqdm.write(
+            f"block {done[0].block}: output errors  " + "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
+        )
+        layers += done
+    return layers
+
+
+# ---------------------------------------------------------------------------
+# Command line shared by the scripts
+
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line on stderr and exit status 2 for anything wrong with the input."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+    def parse_args(self, *args, **kwargs):
+        """As usual, and `changed`: the flags that differ from their defaults, {name: value}."""
+        args = super().parse_args(*args, **kwargs)
+        args.changed = {flag: value for flag, value in vars(args).items() if value != self.get_default(flag)}
+        return args
+
+    def run(self, main):
+        """main(args); what it raises about bad input, or about NaN met on the way, becomes such a line."""
+        transformers.logging.set_verbosity_error()
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        try:
+            main(self.parse_args())
+        except (ValueError, OSError, FloatingPointError) as e:
+            self.error(e)
+
+
+def device(name):
+    """torch.device of --device, which must be there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds no such device here ({_first_line(e)}); use cpu") from e
+
+
+def positive(number):
+    """A whole number of at least 1."""
+    if int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return int(number)
+
+
+def add_args(parser, smallest_scale):
+    """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family."""
+    parser.add_argument("model", metavar="MODEL", help="hub name or local folder with config.json, tokenizer and *.safetensors")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=METHODS, default="full", help="how to quantize (default %(default)s: not at all)")
+    method.add_argument("--wbits", type=int, default=16, metavar="BITS", help="weight bits, 2 to 8; 16 = not quantized (default)")
+    method.add_argument("--act_bits", type=int, default=8, metavar="BITS", help="activation bits, 4 to 8 (default 8); 16 = not quantized")
+    method.add_argument("--act_quant", action="store_true", help="gptq: quantize activations too (the other methods' is implied)")
+    method.add_argument("--act_pertoken", action="store_true", help="one activation scale per token instead of per sequence")
+    method.add_argument("--groupsize", type=int, default=-1, metavar="COLUMNS", help="columns per weight scale; -1 = whole row (default)")
+    method.add_argument("--sym", action="store_true", help="symmetric weight grid (default asymmetric)")
+
+    smooth = parser.add_argument_group("smoothing")
+    smooth.add_argument("--smooth", action="store_true", help="smooth activations first (implied by smoothquant)")
+    smooth.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
+    smooth.add_argument("--min", type=float, default=smallest_scale, help="smallest smoothing scale (default %(default)s, as in the paper)")
+
+    solver = parser.add_argument_group("solver (gptq, awrq)")
+    solver.add_argument("--percdamp", type=float, default=0.01, help="damping, as a share of the mean Hessian diagonal (default 0.01)")
+    solver.add_argument(
+        "--blocksize", type=int, default=1, metavar="COLUMNS", help="columns rounded jointly (default 1; -1 = 1 %% of a row)"
+    )
+    solver.add_argument("--actorder", action="store_true", help="round the columns with the largest inputs first; groups stay in place")
+    solver.add_argument("--true-sequential", action="store_true", help="let each group of linears see the ones before it quantized")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--calib_data", default="c4", metavar="CORPUS", help="c4 (default), wikitext2, ptb, or a folder of --data_dir")
+    data.add_argument("--nsamples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
+    data.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per sequence (default: the model's context, at most 2048)")
+    data.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default 0)")
+    data.add_argument("--data_dir", metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded")
+
+    run = parser.add_argument_group("run")
+    gpu = torch.cuda.is_available()
+    run.add_argument("--device", type=device, default="cuda" if gpu else "cpu", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
+    run.add_argument("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's, but float32 on a CPU (default)")
+    run.add_argument(
+        "--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory); changes no result"
+    )
+    run.add_argument("--output_path", metavar="FILE", help="write results and their whole protocol to this JSON")
+
+
+def make_recipe(args, context):
+    """The recipe that the command line asks for, with what its method implies.  context: the longest sequence that the model takes.
+
+    Raises ValueError for a setting out of range, or one that the method cannot use.
+    """
+    method = METHODS[args.method]
+    acts = args.act_quant if args.act_quant in method.acts else method.acts[0]
+    smooth = args.smooth if args.smooth in method.smooth else method.smooth[0]
+    for usable, what, flags in (
+        (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize")),
+        (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential")),
+        (True in method.smooth, "smooth", ("smooth",)),
+        (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min")),
+        (True in method.acts, "quantize activations", ("act_quant",)),
+        (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken")),
+    ):
+        for flag in flags if not usable else ():
+            value = args.changed.get(flag)
+            if value is not None and (flag, value) != ("act_bits", 16):  # 16 bits are what it does
+                shown = flag.replace("_", "-") if value is True and flag == "true_sequential" else flag
+                raise ValueError(f"--{shown}{'' if value is True else f' {value}'}: --method {args.method} does not {what}")
+    if method.weights and args.wbits == 16:
+        raise ValueError(f"--method {args.method} quantizes weights: give --wbits, 2 to 8")
+    seqlen = min(2048, context) if args.seqlen is None else args.seqlen
+    if seqlen > context:
+        raise ValueError(f"--seqlen {seqlen}: the model's context is {context} tokens")
+    settings = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    return Recipe(**settings | {"act_bits": args.act_bits if acts else 16, "smooth": smooth, "seqlen": seqlen})
