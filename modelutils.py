@@ -237,7 +237,7 @@ def _first_nonfinite(block, x, kwargs):
 
 def walk(model, device, desc):
     """Each decoder block in turn, on the device while it is worked on; with a progress bar."""
-    for i, block in enumerate(tqdm(decoder_blocks(model), desc=desc, unit="block")):
+    for i, block in enumerate(tqdm(decoder_blocks(model), desc=desc, unit="block", leave=False)):
         yield i, block.to(device)
         block.to("cpu")
 
