@@ -1,0 +1,130 @@
+"""What the tests share: tiny random models of every family, a toy tokenizer and a folder of tiny corpora.  No test reaches the network."""
+
+import json
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything imports the hub's client
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from modelutils import FAMILIES
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(96))]
+CONTEXT = 64
+
+# By model_type: the settings of a model of two blocks, its variants, the linears of a block that read one input, in the order of execution,
+# and those that must keep `in_scale` in a variant, because no weight before them can absorb a smoothing scale.  A new family needs a row.
+QKV, OUT, FC1, FC2 = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.out_proj",),
+    ("fc1",),
+    ("fc2",),
+)
+TINY = {
+    "opt": {
+        "settings": {
+            "hidden_size": 32,
+            "ffn_dim": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": CONTEXT,
+            "vocab_size": len(WORDS),
+        },
+        "variants": {
+            "pre-norm": {},
+            "post-norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # as OPT-350m, with project_in and project_out
+            "gelu": {"activation_function": "gelu"},  # as Galactica
+            "bare": {"enable_bias": False, "layer_norm_elementwise_affine": False},
+        },
+        "groups": (QKV, OUT, FC1, FC2),
+        "absorb": {"self_attn.v_proj": OUT, "fc1": FC2},  # rows of these take 1/s of the smoothing scale of those, unless those keep it
+        "in_scale": {"pre-norm": (), "post-norm": QKV + FC1, "gelu": FC2, "bare": QKV + FC1},
+    },
+}
+VARIANTS = [(family, variant) for family in FAMILIES for variant in TINY[family]["variants"]]
+
+
+def tiny_model(family="opt", variant="pre-norm", seed=0):
+    """Two blocks, float32, in evaluation mode; random biases and norms too, and outlier channels as smoothing is made for."""
+    config = AutoConfig.for_model(family, **TINY[family]["settings"] | TINY[family]["variants"][variant])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+            if name.endswith("norm.weight"):
+                p.mul_(0.2).add_(1)
+                p[torch.randperm(len(p), generator=g)[:2]] *= 8
+            elif "embed" in name or p.dim() == 1:
+                p.mul_(0.3)
+            else:
+                p.mul_(p.shape[1] ** -0.5)
+    return model
+
+
+def token_ids(n, T, seed=0):
+    """(n, T) int64: random words."""
+    return torch.randint(4, len(WORDS), (n, T), generator=torch.Generator().manual_seed(seed))
+
+
+def toy_tokenizer(words=WORDS):
+    """One token a word."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+
+
+def save_model(folder, model, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or toy_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=VARIANTS, ids="-".join)
+def model(request):
+    """A tiny model of every family and variant; `groups`, `absorb`, `keeps_in_scale` say what the tables of this file say about it."""
+    family, variant = request.param
+    model = tiny_model(family, variant)
+    model.groups, model.absorb, model.keeps_in_scale = (
+        TINY[family]["groups"],
+        TINY[family]["absorb"],
+        set(TINY[family]["in_scale"][variant]),
+    )
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory):
+    """Folder of a tiny pre-norm OPT, with its tokenizer.  Copy it before you change it."""
+    return save_model(tmp_path_factory.mktemp("tiny") / "opt", tiny_model())
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory):
+    """A --data_dir of random words: wikitext2, ptb and c4 in their layouts, the folder `own`, and `one`, which has a single split."""
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("corpora")
+
+    def line(n):
+        return " ".join(rng.choice(WORDS[4:]) for _ in range(n))
+
+    every = ("train", "validation", "test")
+    for name, splits, lines, words in (
+        ("wikitext2", every, 30, 20),
+        ("ptb", every, 30, 20),
+        ("own", ("train", "test"), 30, 20),
+        ("one", ("validation",), 30, 20),
+        ("short", ("train", "test"), 1, 10),
+    ):
+        (folder / name).mkdir()
+        for split in splits:
+            (folder / name / f"{split}.txt").write_text("".join(f" {line(words)}\n" for _ in range(lines)))
+    (folder / "c4").mkdir()
+    for split in ("train", "validation"):
+        (folder / "c4" / f"{split}.jsonl").write_text("".join(json.dumps({"text": line(60)}) + "\n" for _ in range(20)))
+    return folder

@@ -1,0 +1,247 @@
+"""scripts/opt.sh with a stand-in for python, and scripts/table.py on made-up results."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import opt
+from evalutils import SCHEMA, report
+from modelutils import METHODS, Clock, Layer, make_recipe
+from quant import Recipe
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import table  # noqa: E402
+
+# ---------------------------------------------------------------------------
+# opt.sh
+
+STUB = """#!/usr/bin/env bash
+printf '%s\\t' "$@" >> "$LOG"
+echo >> "$LOG"
+json=${!#}
+[[ $json != *$FAIL* ]] || exit 3
+mkdir -p "${json%/*}"
+echo '{}' > "$json"
+"""
+BITS = {"full": {""}, "rtn": {"w4a8"}, "smoothquant": {"w4a8"}, "act_only": {"w16a8", "w16a8-smooth"}}
+BITS |= {"gptq": {f"w{w}a16{s}" for w in (4, 3) for s in ("", "-smooth")}}
+BITS |= {"awrq": {f"{bits}{s}" for bits in ("w4a8", "w4a6", "w3a8") for s in ("", "-smooth")}}
+CELLS = {f"{method}-{bits}".rstrip("-") for method in BITS for bits in BITS[method]}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Call it to run a copy of opt.sh, from a folder that is not the repository's: its result, and the arguments of every `python`."""
+    script = tmp_path / "my repo" / "scripts" / "opt.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPTS / "opt.sh", script)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(STUB)
+    (tmp_path / "bin/python").chmod(0o755)
+    log = tmp_path / "log"
+
+    def run(*flags, fail="no such cell", **variables):
+        log.write_text("")
+        clean = {k: v for k, v in os.environ.items() if k not in ("OUT", "MODELS", "MODEL_PREFIX", "PYTHON")}
+        env = clean | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(log), "FAIL": fail} | variables
+        done = subprocess.run(["bash", str(script), *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        return done, [line.rstrip("\t").split("\t") for line in log.read_text().splitlines()]
+
+    return run
+
+
+def test_every_cell_is_a_command_that_opt_takes(sweep, tmp_path):
+    done, calls = sweep("--data_dir", "my data")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "my repo/out/opt"
+    models = list(dict.fromkeys(args[1] for args in calls))
+    assert models == [f"facebook/opt-{size}" for size in ("125m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "350m")]
+    assert len(calls) == len(models) * len(CELLS)
+    for script, *argv in calls:
+        assert script == str(tmp_path / "my repo/opt.py")
+        args = opt.parser().parse_args(argv)
+        recipe = make_recipe(args, context=2048)  # raises if the method cannot use a setting
+        cell = Path(args.output_path).stem
+        method, _, rest = cell.partition("-")
+        assert Path(args.output_path) == out / args.model.removeprefix("facebook/opt-") / f"{cell}.json"
+        smooth = METHODS[method].smooth == (True,) or rest.endswith("-smooth")
+        bits = "w16a16" if method == "full" else rest.removesuffix("-smooth")
+        assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}", recipe.smooth) == (method, bits, smooth), cell
+        assert recipe == Recipe(method, recipe.wbits, recipe.act_bits, smooth=smooth), "everything else as published, which is the default"
+        assert args.data_dir == "my data"
+    assert {path.relative_to(out / "66b").stem for path in (out / "66b").iterdir()} == CELLS
+
+
+def test_finished_cells_are_skipped_and_failed_ones_named(sweep, tmp_path):
+    where = {"MODELS": "a b", "MODEL_PREFIX": "my models/", "OUT": "other"}
+    done, calls = sweep(fail="b/awrq-w4a6.json", **where)
+    assert len(calls) == 2 * len(CELLS), "the others run"
+    assert {args[1] for args in calls} == {"my models/a", "my models/b"}
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "opt.sh: failed: b/awrq-w4a6"
+    assert len(list(tmp_path.glob("other/opt/*/*.json"))) == len(calls) - 1
+    done, calls = sweep(**where)
+    assert done.returncode == 0 and [Path(args[-1]).name for args in calls] == ["awrq-w4a6.json"]
+    assert sweep(**where)[1] == []
+
+
+def test_a_run_that_writes_nothing_has_failed(sweep, tmp_path):
+    (tmp_path / "bin/python").write_text("#!/usr/bin/env bash\n")
+    done, _ = sweep(MODELS="a")
+    assert done.returncode == 1 and len(done.stderr.split()) == 2 + len(CELLS)
+
+
+# ---------------------------------------------------------------------------
+# table.py
+
+
+@pytest.fixture(scope="module")
+def blank():
+    """A report of opt.py, of which `results` makes others."""
+    calibration = {"corpus": "c4", "split": "train", "source": "hub", "rule": "random", "nsamples": 128, "seqlen": 2048, "seed": 0}
+    protocol = {"calibration": calibration, "evaluation": {}, "walk_batch": 1}
+    model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), dtype=torch.float16)
+    args = SimpleNamespace(model="", device="cpu")
+    return report(args, Recipe(), model, protocol, {"perplexity": {}}, [Layer(0, "fc1", 0.5)], Clock("cpu"))
+
+
+@pytest.fixture
+def results(blank, tmp_path):
+    """Call it to write a result: results(file, model, {corpus: ppl}, recipe settings..., edit=function of the report)."""
+
+    def write(file, model, ppl, edit=lambda run: None, seqlen=2048, **settings):
+        run = copy.deepcopy(blank) | {"model": model}
+        run["recipe"] |= settings
+        if run["recipe"]["method"] == "full":
+            run["protocol"]["calibration"] = None
+        for corpus, value in ppl.items():
+            how = {"corpus": corpus, "split": "test", "source": "hub", "rule": "joined", "seqlen": seqlen, "n_tokens": 9000}
+            run["protocol"]["evaluation"][corpus] = how
+            run["results"]["perplexity"][corpus] = {"ppl": value, "windows": 4, "seqlen": seqlen, "tokens": 8192}
+        edit(run)
+        path = tmp_path / "opt" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run))
+
+    return write
+
+
+def tables(folder, capsys):
+    """What table.py prints: {corpus: {row: {column: cell}}}."""
+    table.main(table.parser().parse_args([str(folder)]))
+    found = {}
+    for part in capsys.readouterr().out.split("### ")[1:]:
+        corpus, *lines = part.splitlines()
+        header, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+        found[corpus] = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    return found
+
+
+def fails(argv, monkeypatch, capsys):
+    """The one line on stderr with which table.py exits."""
+    monkeypatch.setattr(sys, "argv", ["table.py", *map(str, argv)])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # run() changes it
+    with pytest.raises(SystemExit) as exit:
+        table.parser().run(table.main)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == "" and err.count("\n") == 1, err
+    return err
+
+
+def test_ours_beside_the_published(results, tmp_path, capsys):
+    results("125m/full.json", "facebook/opt-125m", {"wikitext2": 27.6512, "ptb": 32.55, "c4": 24.61})
+    results("125m/awrq.json", "/models/opt-125m/", {"wikitext2": 31.0, "ptb": 12345.6}, method="awrq", wbits=4, act_bits=8, smooth=True)
+    results("mine/gptq.json", "mine", {"wikitext2": 30}, method="gptq", wbits=3, actorder=True, groupsize=128, alpha=0.7)
+    found = tables(tmp_path / "opt", capsys)
+    assert list(found) == ["wikitext2", "ptb", "c4"]
+    wiki = found["wikitext2"]
+    others = ["(22.00)", "(14.63)", "(12.47)", "(10.86)", "(10.13)", "(9.56)", "(9.34)"]
+    assert list(wiki["full"].values()) == ["full", "27.65 (27.65)", *others, "–", "GPTQ paper, Table 3"]
+    assert list(wiki["full"])[-2:] == ["mine", "published in"]
+    assert wiki["awrq W4A8 + smoothing"]["opt-125m"] == "31.00" and wiki["awrq W4A8 + smoothing"]["published in"] == ""
+    assert wiki["gptq W3A16, groupsize 128, actorder"]["mine"] == "30.00", "alpha is not used without smoothing"
+    assert wiki["rtn W4A16"]["opt-66b"] == "(110)" and wiki["rtn W3A16"]["opt-1.3b"] == "(1.3e4)"
+    assert found["ptb"]["full"]["opt-125m"] == "32.55 (32.54)", "the old protocol's, as ptb is"
+    assert found["ptb"]["awrq W4A8 + smoothing"]["opt-125m"] == "1.2e+04"
+    assert found["c4"]["full"]["opt-350m"] == "–" and "awrq W4A8 + smoothing" not in found["c4"]
+    order = ["full", "rtn W4A16", "rtn W3A16", "gptq W4A16", "gptq W3A16", "awrq W4A8 + smoothing", "rptq W4A8"]
+    assert [row for row in wiki if row in order] == order
+
+
+def test_new_protocol_is_another_table(results, tmp_path, capsys):
+    results("full.json", "facebook/opt-350m", {"ptb-new": 31.1, "ptb": 36.5})
+    table.main(table.parser().parse_args([str(tmp_path / "opt")]))
+    assert "- published values: new protocol: test split" in capsys.readouterr().out
+    found = tables(tmp_path / "opt", capsys)
+    assert found["ptb-new"]["full"]["opt-350m"] == "31.10 (31.08)" and found["ptb"]["full"]["opt-350m"] == "36.50"
+
+
+def test_published_values_only_beside_windows_of_their_length(results, tmp_path, capsys):
+    results("full.json", "facebook/opt-125m", {"wikitext2": 40}, seqlen=512)
+    assert tables(tmp_path / "opt", capsys) == {
+        "wikitext2": {"full": {"ours (published)": "full", "opt-125m": "40.00", "published in": ""}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        *(
+            ("calibration", key, value)
+            for key, value in (("source", "local"), ("nsamples", 64), ("seqlen", 512), ("seed", 1), ("corpus", "ptb"))
+        ),
+        *(("evaluation", key, value) for key, value in (("source", "local"), ("rule", "other"), ("seqlen", 512), ("n_tokens", 8999))),
+        ("dtype", "dtype", "float32"),
+    ],
+)
+def test_protocols_are_not_mixed(results, tmp_path, monkeypatch, capsys, part, key, value):
+    def edit(run):
+        protocol = run["protocol"]
+        {"calibration": protocol["calibration"], "evaluation": protocol["evaluation"]["c4"], "dtype": protocol}[part][key] = value
+
+    results("a.json", "opt-125m", {"c4": 20})
+    results("b.json", "opt-125m", {"c4": 21}, method="rtn", wbits=4, act_bits=8)
+    results("c.json", "opt-125m", {"c4": 22}, method="gptq", wbits=4, edit=edit)
+    err = fails([tmp_path / "opt"], monkeypatch, capsys)
+    assert "c.json" in err and key in err and f" is {value}, but" in err
+
+
+def test_models_may_have_different_tokenizers(results, tmp_path, capsys):
+    results("a.json", "opt-125m", {"c4": 20})
+    results("b.json", "mine", {"c4": 21}, edit=lambda run: run["protocol"]["evaluation"]["c4"].update(n_tokens=9999))
+    assert tables(tmp_path / "opt", capsys)["c4"]["full"]["mine"] == "21.00"
+
+
+def test_bad_input_is_one_line(results, tmp_path, monkeypatch, capsys):
+    assert "no *.json there" in fails([tmp_path / "nowhere"], monkeypatch, capsys)
+    results("a.json", "opt-125m", {"c4": 20})
+    results("b/a.json", "facebook/opt-125m", {"c4": 20})
+    err = fails([tmp_path / "opt"], monkeypatch, capsys)
+    assert "a.json" in err and "b/a.json" in err and "full of opt-125m again" in err
+    for content, expected in (
+        ("{", "not JSON"),
+        ("\ufeff", "not JSON"),
+        ("[]", "schema is None"),
+        (json.dumps({"schema": SCHEMA + 1}), f"schema is {SCHEMA + 1}"),
+    ):
+        (tmp_path / "opt/b/a.json").write_text(content)
+        err = fails([tmp_path / "opt"], monkeypatch, capsys)
+        assert "b/a.json" in err and expected in err
+
+
+def test_published_values_have_sources():
+    for family in json.loads((SCRIPTS / "published.json").read_text()).values():
+        for corpus in family.keys() - {"models", "seqlen"}:
+            assert family[corpus]["evaluation"]
+            for row in family[corpus]["rows"]:
+                assert row["source"] and row["recipe"].keys() <= table.DEFAULTS.keys() and len(row["ppl"]) == len(family["models"])
+                assert all(value is None or value > 9 for value in row["ppl"])
