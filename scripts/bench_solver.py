@@ -1,0 +1,126 @@
+"""How fast is the solver?  On one layer, against the loop over columns; on the demo OPT, against bare forward passes.  CPU, seconds.
+
+python scripts/bench_solver.py
+python scripts/bench_solver.py --size 1024 --repeat 3 --model facebook/opt-125m
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import reference
+
+import gptq
+from modelutils import decoder_blocks, default_walk_batch, load_model, propagate, quantize_blocks, record_inputs, walk
+from quant import Recipe, find_grid
+
+DEMO = Path(__file__).parents[1] / "demo" / "opt"
+PASSES = 3  # of a block over its inputs: smoothing, statistics, propagation
+
+
+def seconds(function):
+    """What it returns, and how long it took."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def fastest(repeat, **functions):
+    """Run all functions in turn, `repeat` times: the last result of each, and its least time."""
+    results, times = {}, defaultdict(list)
+    for _ in range(repeat):
+        for name, function in functions.items():
+            results[name], took = seconds(function)
+            times[name].append(took)
+    return results, {name: min(took) for name, took in times.items()}
+
+
+def share_of_products(function):
+    """Self time of matrix products, as a share of the self time of all PyTorch operations, and of the time on the clock."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        _, clock = seconds(function)
+    spent = {event.key: event.self_cpu_time_total * 1e-6 for event in profiler.key_averages()}
+    products = sum(spent.get(f"aten::{name}", 0) for name in ("mm", "addmm", "addmm_"))
+    return products / sum(spent.values()), products / clock
+
+
+def bench_layer(size, bits, repeat):
+    """One linear of size x size: the recursion of gptq.solve against a rank-1 update per column."""
+    W, X = reference.layer(size, size, sequences=2, tokens=size // 2, outliers=size // 100)
+    X = X.flatten(0, 1)
+    H, grid = X.T @ X, find_grid(W, bits)
+    gptq.solve(W[:64, :64], torch.eye(64), find_grid(W[:64, :64], bits))  # the first call of everything is slow
+    U, factor = fastest(repeat, factor=lambda: gptq.inverse_factor(H, 0.01))
+    U = U["factor"]
+    codes, times = fastest(
+        repeat,
+        solver=lambda: gptq.solve(W, U, grid),
+        loop=lambda: reference.column_loop(W, U, grid.scale, grid.zero, bits),
+    )
+    of_operations, of_clock = share_of_products(lambda: gptq.solve(W, U, grid))
+    products = f"{of_operations:.0%} of it in matrix products ({of_clock:.0%} with Python and the profiler)"
+    print(f"one layer of {size} x {size}, {bits} bits, statistics given, {torch.get_num_threads()} threads, best of {repeat}")
+    print(f"  inverse_factor   {factor['factor']:8.2f} s")
+    print(f"  solve            {times['solver']:8.2f} s, {products}")
+    print(f"  column loop      {times['loop']:8.2f} s")
+    print(f"  loop / solve     {times['loop'] / times['solver']:8.1f}")
+    print(f"  equal codes      {(codes['solver'] == codes['loop']).double().mean().item():8.3%}")
+
+
+@torch.no_grad()
+def bare_passes(model, ids, walk_batch):
+    """The forward passes that quantizing the model needs, through its own unquantized blocks, and nothing else."""
+    x, kwargs = record_inputs(model, ids.split(walk_batch), "cpu")
+    for _, block in walk(model, "cpu", "bare"):
+        for _ in range(PASSES - 1):
+            propagate(block, list(x), kwargs, "bare")
+        propagate(block, x, kwargs, "bare")
+
+
+def bench_model(name, windows, repeat):
+    """awrq with smoothing on a whole model, its loading left out, against the same passes bare."""
+    models = [load_model(name) for _ in range(repeat + 1)]  # the last one stays as it is
+    config = models[-1].config
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, seqlen=min(2048, config.max_position_embeddings))
+    ids = torch.randint(config.vocab_size, (windows, recipe.seqlen), generator=torch.Generator().manual_seed(0))
+    batch = default_walk_batch(config, recipe.seqlen, "cpu")
+    bare_passes(models[-1], ids[:batch], batch)  # the first call of everything is slow
+    _, times = fastest(
+        repeat,
+        bare=lambda: bare_passes(models[-1], ids, batch),
+        whole=lambda: list(quantize_blocks(models.pop(0), ids, recipe, walk_batch=batch)),
+    )
+    print(f"{name}: {len(decoder_blocks(models[-1]))} blocks, awrq W4A8 with smoothing, {windows} windows of {recipe.seqlen} random tokens")
+    print(f"  quantizing       {times['whole']:8.2f} s")
+    print(f"  bare passes      {times['bare']:8.2f} s: the first block's inputs, then {PASSES} passes through every block")
+    print(f"  ratio            {times['whole'] / times['bare']:8.2f}")
+
+
+def main(args):
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    bench_layer(args.size, args.wbits, args.repeat)
+    if args.model != str(DEMO) or DEMO.exists():
+        bench_model(args.model, args.windows, args.repeat)
+    else:
+        print(f"{args.model}: not there, left out")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096, metavar="COLUMNS", help="rows and columns of the layer (default %(default)s)")
+    parser.add_argument("--wbits", type=int, default=4, metavar="BITS", help="weight bits of the layer (default %(default)s)")
+    parser.add_argument("--repeat", type=int, default=1, metavar="TIMES", help="the fastest of so many counts (default %(default)s)")
+    parser.add_argument("--model", default=str(DEMO), help="an OPT (default: the demo's)")
+    parser.add_argument("--windows", type=int, default=64, metavar="N", help="calibration windows of the model (default %(default)s)")
+    main(parser.parse_args())

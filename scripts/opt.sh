@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The paper's OPT table: one line and one JSON per cell, $OUT/opt/MODEL/CELL.json.  Finished cells are skipped; a failed one stops no other.
+#
+#   bash scripts/opt.sh                                      every model, smallest first; further flags go to each opt.py
+#   MODELS="125m 1.3b" bash scripts/opt.sh --data_dir DIR    some models, local corpora
+#   MODEL_PREFIX=demo/ MODELS=opt OUT=out/try bash scripts/opt.sh --data_dir demo/data --calib_data world --eval world --seqlen 256
+#   python scripts/table.py out/opt                          the table; use another OUT for other flags, it does not mix them
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
+OUT=${OUT:-$root/out}
+MODELS=${MODELS:-125m 1.3b 2.7b 6.7b 13b 30b 66b 350m} # 350m is not in the paper
+MODEL_PREFIX=${MODEL_PREFIX-facebook/opt-}
+PYTHON=${PYTHON:-python}
+flags=("$@")
+failed=""
+
+cell() { # cell NAME FLAGS...: one run for $model
+    local name=$1 json=$OUT/opt/$model/$1.json
+    shift
+    if [[ -e $json ]]; then
+        echo "== $model $name: done before"
+        return
+    fi
+    echo "== $model $name"
+    "$PYTHON" "$root/opt.py" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 \
+        "$@" ${flags[@]+"${flags[@]}"} --output_path "$json" && [[ -e $json ]] || failed+=" $model/$name"
+}
+
+smooth="--smooth --alpha 0.50 --min 0.10"
+for model in $MODELS; do
+    cell full --method full
+    cell rtn-w4a8 --method rtn --wbits 4 --act_bits 8
+    cell smoothquant-w4a8 --method smoothquant --wbits 4 --act_bits 8 --alpha 0.50 --min 0.10
+    cell gptq-w4a16 --method gptq --wbits 4
+    cell gptq-w4a16-smooth --method gptq --wbits 4 $smooth
+    cell gptq-w3a16 --method gptq --wbits 3
+    cell gptq-w3a16-smooth --method gptq --wbits 3 $smooth
+    cell awrq-w4a8 --method awrq --wbits 4 --act_bits 8
+    cell awrq-w4a8-smooth --method awrq --wbits 4 --act_bits 8 $smooth
+    cell awrq-w4a6 --method awrq --wbits 4 --act_bits 6
+    cell awrq-w4a6-smooth --method awrq --wbits 4 --act_bits 6 $smooth
+    cell awrq-w3a8 --method awrq --wbits 3 --act_bits 8
+    cell awrq-w3a8-smooth --method awrq --wbits 3 --act_bits 8 $smooth
+    cell act_only-w16a8 --method act_only --act_bits 8
+    cell act_only-w16a8-smooth --method act_only --act_bits 8 $smooth
+done
+
+if [[ -n $failed ]]; then
+    echo "opt.sh: failed:$failed" >&2
+    exit 1
+fi
