@@ -1,0 +1,306 @@
+"""A small world in stories: who is where, who carries what, what colour it is, what happens and why.  Usage: python demo/world.py
+
+A story is simulated first and worded second: nearly every sentence changes the state of the world or follows from it, so a reader
+who remembers the earlier sentences can predict the later ones. An item of a task is a story cut inside a sentence that follows.
+"""
+
+import json
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+
+SEED = 0
+N_TRAIN, N_TEST, N_ITEMS = 560, 280, 250  # stories of train.txt (the first of the training text) and of test.txt; items of each task
+
+WOMEN = ["Anna", "Clara", "Emma", "Grace", "Ida", "Kate", "Mary", "Olga"]
+MEN = ["Ben", "David", "Frank", "Henry", "Jack", "Leo", "Noah", "Peter"]
+PEOPLE = dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
+SURNAMES = ["Finch", "Frost", "Hale", "Kemp", "Lane", "Marsh", "Moss", "Nash", "Pike", "Reed", "Rowe", "Snow", "Stone", "Vale", "Webb", "Wren"]
+HIM = {"he": "him", "she": "her"}
+ROOFED = {name: f"in the {name}" for name in ("attic", "barn", "cave", "cellar", "kitchen", "library", "mill", "school", "shop", "tower")}
+OPEN = {name: f"in the {name}" for name in ("field", "forest", "garden", "street", "valley")}
+OPEN |= {"beach": "on the beach", "bridge": "on the bridge", "hill": "on the hill", "lake": "by the lake", "river": "by the river"}
+PLACES = ROOFED | OPEN
+FRAGILE = ["bottle", "bowl", "cup", "jar", "lamp", "mirror", "plate", "vase"]
+THINGS = FRAGILE + ["ball", "basket", "blanket", "book", "boot", "coat", "coin", "drum"]
+THINGS += ["hammer", "hat", "key", "kite", "ring", "rope", "spoon", "whistle"]
+COLOURS = ["black", "blue", "brown", "green", "grey", "red", "white", "yellow"]
+FOODS = {"apples": "an apple", "cakes": "a cake", "carrots": "a carrot", "eggs": "an egg", "nuts": "a nut"}
+FOODS |= {"onions": "an onion", "pears": "a pear", "pies": "a pie", "plums": "a plum", "rolls": "a roll"}
+SOUNDS = {"cat": "purred", "cow": "mooed", "dog": "barked", "donkey": "brayed"}
+SOUNDS |= {"duck": "quacked", "goat": "bleated", "hen": "clucked", "pig": "grunted"}
+PETS = ["Bolt", "Dot", "Fluff", "Misty", "Pip", "Rusty", "Smoke", "Velvet"]
+DEEDS = ["baked", "cried", "danced", "drew", "dug", "hummed", "jumped", "knelt", "laughed", "painted"]
+DEEDS += ["prayed", "rested", "sang", "slept", "sneezed", "waited", "whistled", "worked", "wrote", "yawned"]
+OPPOSITES = {"got wet.": "stayed dry.", "was afraid.": "stayed calm.", "broke.": "stayed whole."}
+OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
+
+
+def habit(person, place):
+    """What a person does on coming to a place, in all stories: it follows from no rule, so a model has to know it by heart."""
+    return Random(f"{person} {place}").choice(DEEDS)
+
+
+def is_held_out(hero, thing, place):
+    """One combination in eight opens held-out stories only (test text and tasks), the others open training stories only."""
+    return (list(PEOPLE).index(hero) + THINGS.index(thing) + list(PLACES).index(place)) % 8 == 0
+
+
+class Story:
+    """The state of one small world and the sentences told about it so far."""
+
+    def __init__(self, rng, held_out):
+        self.rng = rng
+        while True:
+            self.people, self.things, self.places = rng.sample(list(PEOPLE), 3), rng.sample(THINGS, 2), rng.sample(list(PLACES), 4)
+            if is_held_out(self.people[0], self.things[0], self.places[0]) == held_out:
+                break
+        self.surname = dict(zip(self.people, rng.sample(SURNAMES, 3), strict=True))
+        self.pet, self.animal, self.owner = rng.choice(PETS), rng.choice(list(SOUNDS)), rng.choice(self.people)
+        self.colour = dict(zip(self.things, rng.sample(COLOURS, 2), strict=True))
+        # a story is either about what they like to eat or about who is brave
+        self.likes = dict(zip(self.people, rng.sample(list(FOODS), 3), strict=True)) if rng.random() < 0.5 else {}
+        self.brave = {person: rng.random() < 0.5 for person in self.people}
+        hero, friend, third = self.people
+        self.at = {hero: self.places[0], friend: rng.choice(self.places[:2]), third: rng.choice(self.places[1:])}  # who or what -> place
+        self.at |= {self.pet: self.at[self.owner], self.things[1]: rng.choice(self.places)}
+        self.holder = {self.things[0]: hero}  # thing -> person; the thing is then where the person is
+        self.told, self.subject = [], None  # sentences, and the person that the last one was about
+        self.begin()
+
+    # wording
+
+    def say(self, *wordings):
+        sentence = self.rng.choice(wordings)
+        self.told.append(sentence[0].upper() + sentence[1:])
+
+    def name(self, person):
+        """By name or, where the last sentence was about the same person, sometimes by pronoun."""
+        pronoun = person == self.subject and self.rng.random() < 0.3
+        self.subject = person
+        return PEOPLE[person] if pronoun else self.full(person)
+
+    def full(self, person):
+        return f"{person} {self.surname[person]}" if self.rng.random() < 0.6 else person
+
+    def the(self, thing):
+        return f"the {self.colour[thing]} {thing}" if self.rng.random() < 0.6 else f"the {thing}"
+
+    # what is so
+
+    def place(self, what):
+        return self.at[self.holder.get(what, what)]
+
+    def there(self, what):
+        return PLACES[self.place(what)]
+
+    def elsewhere(self, what):
+        return self.rng.choice([place for place in self.places if place != self.at[what]])
+
+    def near(self, person, others):
+        return [other for other in others if other != person and self.place(other) == self.at[person]]
+
+    def lying(self):
+        return [thing for thing in self.things if thing not in self.holder]
+
+    def consequences(self):
+        """What can befall all, and how each then fares: {cause: {who or what: end of the sentence}}."""
+        fares = {
+            "It began to rain.": {p: "stayed dry." if self.at[p] in ROOFED else "got wet." for p in self.people},
+            "The ground shook.": {f"The {thing}": "broke." if thing in FRAGILE else "stayed whole." for thing in self.things},
+        }
+        if self.likes:
+            return fares | {"They were hungry.": {p: f"ate {FOODS[self.likes[p]]}." for p in self.people}}
+        return fares | {"They heard thunder.": {p: "stayed calm." if self.brave[p] else "was afraid." for p in self.people}}
+
+    # the beginning and the end
+
+    def begin(self):
+        (hero, friend, third), (mine, other) = [f"{person} {self.surname[person]}" for person in self.people], self.things
+        when = self.rng.choice(("one day", "one morning", "one evening", "long ago", "last summer"))
+        self.say(f"{when} {hero} was {self.there(self.people[0])} with a {self.colour[mine]} {mine}.")
+        facts = [f"{friend} was {self.there(self.people[1])}.", f"{third} was {self.there(self.people[2])}."]
+        facts += [f"{self.full(self.owner)} had a {self.animal} called {self.pet}."]
+        facts += [f"there was a {self.colour[other]} {other} {self.there(other)}."]
+        for person in self.people:
+            trait = f"liked {self.likes[person]}" if self.likes else "was brave" if self.brave[person] else "was timid"
+            facts.append(f"{self.full(person)} {trait}.")
+        for fact in self.rng.sample(facts, len(facts)):
+            self.say(fact)
+
+    def end(self):
+        ends = [f"{self.full(person)} was {self.there(person)}." for person in self.people] + [f"{self.pet} was {self.there(self.pet)}."]
+        for thing in self.things:
+            ends.append(f"{self.the(thing)} was {f'with {self.full(self.holder[thing])}' if thing in self.holder else self.there(thing)}.")
+        first, *others = self.rng.sample(ends, 4)
+        for end in (f"in the end {first}", *others):
+            self.say(end)
+
+    # what can happen in between: each returns whether it did
+
+    def go(self):
+        person = self.rng.choice(self.people)
+        place, a = self.elsewhere(person), self.name(person)
+        mine = [thing for thing, holder in self.holder.items() if holder == person and self.rng.random() < 0.5]
+        to = f"to the {place}{f' with {self.the(mine[0])}' if mine else ''} and {habit(person, place)}"
+        then = self.rng.choice(("then ", "soon ", "after that ", "later ", "", ""))
+        self.say(f"{then}{a} went {to}.", f"{then}{a} walked {to}.")
+        follows = person == self.owner and self.at[self.pet] == self.at[person] and self.rng.random() < 0.7
+        self.at[person] = place
+        if follows:
+            self.at[self.pet] = place
+            self.say(f"{self.pet} followed {HIM[PEOPLE[person]]}.", f"{self.pet} went along.")
+        friends = " and ".join(self.full(friend) for friend in self.near(person, self.people))
+        if friends:
+            self.say(f"there {self.name(person)} met {friends}.", f"{friends} said hello.")
+        return True
+
+    def take(self):
+        pairs = [(person, thing) for person in self.people for thing in self.near(person, self.lying())]
+        if not pairs:
+            return False
+        person, thing = self.rng.choice(pairs)
+        a, it = self.name(person), self.the(thing)
+        self.say(f"{a} saw {it} and picked it up.", f"{a} picked up {it}.", f"{a} took {it}.")
+        del self.at[thing]
+        self.holder[thing] = person
+        return True
+
+    def leave(self):
+        if not self.holder:
+            return False
+        thing = self.rng.choice(list(self.holder))
+        person = self.holder.pop(thing)
+        self.at[thing] = self.at[person]
+        a, it = self.name(person), self.the(thing)
+        self.say(f"{a} put {it} down {self.there(thing)}.", f"{a} left {it} {self.there(thing)}.", f"{a} hid {it} {self.there(thing)}.")
+        return True
+
+    def give(self):
+        pairs = [(thing, other) for thing, person in self.holder.items() for other in self.near(person, self.people)]
+        if not pairs:
+            return False
+        thing, other = self.rng.choice(pairs)
+        giver, it = self.holder[thing], self.the(thing)
+        a = self.name(giver)
+        asked = f"{self.full(other)} asked for {it}, so {self.full(giver)} gave it to {HIM[PEOPLE[other]]}."
+        self.say(f"{a} gave {it} to {self.full(other)}.", f"{a} gave {self.full(other)} {it}.", asked)
+        self.holder[thing] = other
+        return True
+
+    def look(self):
+        person, thing = self.rng.choice(self.people), self.rng.choice(self.things)
+        if self.holder.get(thing) == person:
+            return False
+        a, it = self.name(person), self.the(thing)
+        if thing in self.holder:
+            self.say(f"{a} looked for {it}, but {self.full(self.holder[thing])} had it.")
+        else:
+            self.say(f"{a} looked for {it} and found it {self.there(thing)}.")
+            self.at[person] = self.at[thing]
+        return True
+
+    def ask(self):
+        asker, answerer = self.rng.sample(self.people, 2)
+        thing = self.rng.choice(self.things)
+        holder = self.holder.get(thing)
+        if holder == asker:
+            return False
+        if self.rng.random() < 0.3:
+            self.say(f'"What colour is the {thing}?" asked {self.full(asker)}. "It is {self.colour[thing]}," said {self.full(answerer)}.')
+        else:
+            answer = f"It is {self.there(thing)}" if holder is None else "I have it" if holder == answerer else f"{self.full(holder)} has it"
+            self.say(f'"Where is {self.the(thing)}?" asked {self.full(asker)}. "{answer}," said {self.full(answerer)}.')
+        self.subject = answerer
+        return True
+
+    def run(self):
+        if self.at[self.pet] == self.at[self.owner]:
+            away = self.at[self.pet] = self.elsewhere(self.pet)
+            self.say(f"{self.pet} ran away to the {away}.", f"the {self.animal} {SOUNDS[self.animal]} and ran off to the {away}.")
+        else:
+            self.at[self.pet] = self.at[self.owner]
+            self.say(f"{self.full(self.owner)} called, and {self.pet} came back.", f"{self.pet} {SOUNDS[self.animal]} and ran back to {self.owner}.")
+        return True
+
+    def befall(self):
+        cause, fares = self.rng.choice(list(self.consequences().items()))
+        if cause in self.told:
+            return False
+        self.say(cause)
+        for what in self.rng.sample(list(fares), len(fares)):
+            self.say(f"{self.full(what) if what in self.people else what} {fares[what]}")
+        self.subject = None
+        return True
+
+    def go_on(self):
+        """3 to 6 events, drawn until that many were possible."""
+        n_events = self.rng.randint(3, 6)
+        while n_events:
+            n_events -= self.rng.choices(list(EVENTS), EVENTS.values())[0](self)
+
+    # what the tasks ask: (stem, choices, the right one), or None where the question has no answer
+
+    def who(self):
+        if not self.holder:
+            return None
+        thing = self.rng.choice(list(self.holder))
+        names = {person: f"{person} {self.surname[person]}." for person in self.people}
+        return f"In the end {self.the(thing)} was with", list(names.values()), names[self.holder[thing]]
+
+    def where(self):
+        what = self.rng.choice([*self.people, *self.lying(), self.pet])
+        the = self.the(what) if what in self.things else self.full(what) if what in self.people else what
+        return f"In the end {the} was", [f"{PLACES[place]}." for place in self.places], f"{self.there(what)}."
+
+    def why(self):
+        cause, fares = self.rng.choice(list(self.consequences().items()))
+        if cause in self.told:
+            return None
+        what, other = self.rng.sample(list(fares), 2)
+        return f"{cause} {self.full(what) if what in self.people else what}", sorted([fares[what], OPPOSITES.get(fares[what], fares[other])]), fares[what]
+
+    def text(self):
+        return " ".join(self.told)
+
+
+EVENTS = {Story.go: 6, Story.take: 4, Story.leave: 2, Story.give: 5, Story.look: 1}  # how often each is drawn
+EVENTS |= {Story.ask: 2, Story.run: 2, Story.befall: 3}
+TASKS = {"world_who": Story.who, "world_where": Story.where, "world_why": Story.why}
+
+
+def stories(seed, held_out=False):
+    """Endless stories, each on one line."""
+    rng = Random(seed)
+    while True:
+        story = Story(rng, held_out)
+        story.go_on()
+        story.end()
+        yield story.text()
+
+
+def items(task, seed):
+    """Endless items of a task: a held-out story up to the stem of a sentence, and choices to go on, of which each in turn is the answer."""
+    rng = Random(f"{task} {seed}")
+    for turn in count():
+        answer = None
+        while answer is None or answer != turn % len(choices):
+            story = Story(rng, held_out=True)
+            story.go_on()
+            stem, choices, right = TASKS[task](story) or ("", [""], None)
+            answer = choices.index(right) if right else None
+        yield {"context": f"{story.text()} {stem}", "choices": choices, "answer": answer}
+
+
+def write(folder):
+    """Write the corpus (`data/world/{train,test}.txt`) and the tasks (`tasks/*.jsonl`) under `folder`."""
+    files = {"data/world/train.txt": islice(stories(SEED), N_TRAIN), "data/world/test.txt": islice(stories(SEED, held_out=True), N_TEST)}
+    files |= {f"tasks/{task}.jsonl": map(json.dumps, islice(items(task, SEED), N_ITEMS)) for task in TASKS}
+    for name, lines in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)
