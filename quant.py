@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import act_codes
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -102,20 +104,10 @@ def rtn(W, stats, recipe, name):
 
 
 def fake_quant_act(x, bits, per_token=False):
-    """Round x (B, T, C) to an asymmetric min-max grid of its own and back, per sequence (T, C) or per token (C,).
-
-    Dynamic, in float32 whatever the type of x, returned in that type.  The range includes 0, so 0 <= zero <= 2^bits - 1.  Method notes: the
-    paper calls one scale per sequence "per tensor" and reduces over a batch of one; here a result never depends on the batch.
-    """
+    """Round x (B, T, C) to a grid of its own and back, per sequence or per token, in the type of x: see kernels.act_codes."""
     if bits >= 16:
         return x
-    x32 = x.float()
-    dims = -1 if per_token else (-2, -1)
-    lo, hi = x32.amin(dims, keepdim=True).clamp_(max=0), x32.amax(dims, keepdim=True).clamp_(min=0)
-    scale = (hi - lo) / (2**bits - 1)
-    scale[scale == 0] = 1
-    zero = torch.round(-lo / scale)
-    q = (x32 / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    q, scale, zero = act_codes(x, bits, per_token)
     return q.sub_(zero).mul_(scale).to(x.dtype)
 
 

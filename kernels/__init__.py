@@ -1,0 +1,238 @@
+"""Integer matmul of 4-bit weights and 8-bit activations: the op `awrq::w4a8_linear`, its packer, its exact PyTorch implementation.
+
+    weight = kernels.prepare(q, grid.scale, grid.zero, grid.groupsize, bias)   # once, at load
+    y = kernels.w4a8_linear(x, weight, act_bits=8)                             # x (B, T, C) -> y (B, T, R)
+
+With the codes qx of x (zero point zx, scale sx) and qw of the weight (zw, sw) a linear is
+
+    y = sx * sum_g sw_g * (sum_k qx qw - zw_g * sum_k qx - zx * sum_k (qw - zw_g)) + bias        g: groups of columns, k: columns of g
+
+where all sums over k are exact int32, whatever computes them; floating point begins with sw.  The codes of x are found on the fly.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels.build import BuildError, load
+
+LAYOUT = 1  # version of the packed layout, see pack_w4; a change of it makes old packed tensors unreadable
+ROWS, COLUMNS = 128, 64  # to multiples of these the packer pads
+MAX_COLUMNS = 65536  # the kernels sum 255 * (16 * 15) in uint32, which takes 70,178 columns; sums of codes stay exact in float32
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+# ---------------------------------------------------------------------------
+# Activations
+
+
+def act_codes(x, bits, per_token=False, lengths=None):
+    """Codes of x (B, T, C) on an asymmetric min-max grid of its own, per sequence (T, C) or per token (C,): x ~ scale * (codes - zero).
+
+    Returns codes (B, T, C) float32, whole numbers of 0 to 2^bits - 1; scale, zero (B, 1, 1), or (B, T, 1) per token, float32.  Computed
+    in float32 whatever the type of x.  The range includes 0, so 0 <= zero <= 2^bits - 1.  lengths (B,): a sequence's range is that of its
+    first `lengths[b]` tokens; those behind are clamped to it.  Method notes: the paper calls one scale per sequence "per tensor" and
+    reduces over a batch of one; here a result never depends on the batch.
+    """
+    x = x.float()
+    if lengths is not None and not per_token:
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        seen = x.masked_fill(padding[:, :, None], 0)  # 0 moves no range that includes it
+    else:
+        seen = x
+    dims = -1 if per_token else (-2, -1)
+    lo, hi = seen.amin(dims, keepdim=True).clamp_(max=0), seen.amax(dims, keepdim=True).clamp_(min=0)
+    scale = (hi - lo) / (2**bits - 1)
+    scale = scale.masked_fill_(scale == 0, 1)
+    zero = torch.round(-lo / scale)
+    return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1), scale, zero
+
+
+# ---------------------------------------------------------------------------
+# Weights
+
+
+class Weight(NamedTuple):
+    """A weight (R, C) as the op reads it, Rp and Cp being R and C padded to multiples of 128 and 64, G its groups of columns."""
+
+    packed: torch.Tensor  # (Rp / 32, Cp / 32, 32, 16) uint8, see pack_w4
+    scale: torch.Tensor  # (G, Rp) float32
+    zero: torch.Tensor  # (G, Rp) int32
+    colsum: torch.Tensor  # (G, Rp) int32: sum over the group's columns of code - zero
+    bias: torch.Tensor  # (Rp,) float32
+    rows: int  # R
+    columns: int  # C
+    groupsize: int  # C where one scale goes for a whole row
+    layout: int = LAYOUT
+
+    def to(self, device):
+        return self._replace(**{f: v.to(device) for f, v in self._asdict().items() if isinstance(v, torch.Tensor)})
+
+
+def _padded(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def pack_w4(q):
+    """Codes (R, C) uint8, 0 to 15, in the order in which the tensor cores' fragments need them: (Rp / 32, Cp / 32, 32, 16) uint8.
+
+    A block of 32 rows x 32 columns is 512 bytes, 16 for each lane of a warp: with g, t = divmod(lane, 4), byte 4 r + j has in its low
+    nibble row g + 8 (r & 1), column 16 (r >> 1) + 4 t + j, and in its high nibble the same of row + 16.  So `& 0x0f0f0f0f` and
+    `& 0xf0f0f0f0` of the four words make the A operand of mma.m16n8k32 for rows 0-15, and, times 16, for rows 16-31.  Padding is code 0.
+    """
+    R, C = q.shape
+    q = F.pad(q, (0, -C % COLUMNS, 0, -R % ROWS))
+    b = q.view(q.shape[0] // 32, 2, 2, 8, q.shape[1] // 32, 2, 4, 4)  # block of rows, nibble, r & 1, g, block of columns, r >> 1, t, j
+    b = b.permute(0, 4, 3, 6, 5, 2, 7, 1)
+    return (b[..., 0] | b[..., 1] << 4).reshape(q.shape[0] // 32, q.shape[1] // 32, 32, 16)
+
+
+def unpack_w4(packed):
+    """The padded codes (Rp, Cp) uint8 that pack_w4 packed."""
+    rows, columns = packed.shape[:2]
+    b = packed.view(rows, columns, 8, 4, 2, 2, 4)  # block of rows, block of columns, g, t, r >> 1, r & 1, j
+    b = torch.stack((b & 15, b >> 4), -1)
+    return b.permute(0, 7, 5, 2, 1, 4, 3, 6).reshape(32 * rows, 32 * columns)
+
+
+def prepare(q, scale, zero, groupsize=-1, bias=None):
+    """A Weight from codes q (R, C) uint8, 0 to 15, scale and zero (R, G), as `quant.Grid` has them, and a bias (R,) or None.
+
+    Raises ValueError for what the integer arithmetic cannot represent.
+    """
+    R, C = q.shape
+    groupsize = C if groupsize == -1 else min(groupsize, C)
+    groups = -(-C // groupsize)
+    for ok, message in (
+        (q.dtype == torch.uint8, f"q: uint8 codes are packed, not {q.dtype}"),
+        (C <= MAX_COLUMNS, f"q: {C} columns, int32 sums take at most {MAX_COLUMNS}"),
+        (scale.shape == zero.shape == (R, groups), f"scale {tuple(scale.shape)}, zero {tuple(zero.shape)}: must be {(R, groups)}"),
+        (bias is None or bias.shape == (R,), f"bias {bias is not None and tuple(bias.shape)}: must be {(R,)}"),
+    ):
+        if not ok:
+            raise ValueError(message)
+    if q.max() > 15:
+        raise ValueError(f"q: code {q.max().item()} has more than 4 bits")
+    if not ((zero == zero.round()) & (zero >= 0) & (zero <= 15)).all():
+        raise ValueError("zero: must be whole numbers of 0 to 15")
+
+    def rows_last(p):
+        return F.pad(p.T, (0, -R % ROWS)).contiguous()
+
+    sums = F.pad(q.int(), (0, -C % groupsize)).unflatten(1, (groups, groupsize)).sum(2, dtype=torch.int32)
+    width = torch.full((groups,), groupsize, dtype=torch.int32, device=q.device)
+    width[-1] = C - groupsize * (groups - 1)
+    zero = zero.int()
+    bias = torch.zeros(R, device=q.device) if bias is None else bias.float()
+    return Weight(
+        pack_w4(q), rows_last(scale.float()), rows_last(zero), rows_last(sums - zero * width), F.pad(bias, (0, -R % ROWS)), R, C, groupsize
+    )
+
+
+# ---------------------------------------------------------------------------
+# The op
+
+
+def w4a8_linear(x, weight, act_bits=8, per_token=False, lengths=None, kernel=None):
+    """y (B, T, R) = quant(x) @ W.T + bias in exact integer arithmetic, in the type of x.
+
+    x (B, T, C) contiguous, float16, bfloat16 or float32.  weight: of `prepare`, on the device of x.  act_bits 2 to 8, per_token and lengths
+    (B,) int32 or int64 as in `act_codes`.  kernel "cuda" or "torch"; None: "cuda" on a GPU, "torch" elsewhere.  Never waits for a GPU.
+    Raises ValueError that names what is wrong: shape, type, stride, device, alignment or layout.
+    """
+    return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, lengths, kernel)
+
+
+def _check(x, packed, scale, zero, colsum, bias, rows, columns, groupsize, layout, act_bits, per_token, lengths, kernel):
+    """ValueError for whatever the arithmetic cannot take.  Looks at no data, so a GPU need not be waited for."""
+
+    def need(ok, message):
+        if not ok:
+            raise ValueError(f"w4a8_linear: {message}")
+
+    need(layout == LAYOUT, f"packed layout {layout}, this version reads {LAYOUT}: pack the codes again")
+    need(x.dtype in DTYPES, f"x is {x.dtype}, must be float16, bfloat16 or float32")
+    need(x.dim() == 3 and x.shape[2] == columns, f"x {tuple(x.shape)}: must be (B, T, {columns})")
+    need(2 <= act_bits <= 8, f"act_bits {act_bits}: must be 2 to 8")
+    need(0 < columns <= MAX_COLUMNS and rows > 0, f"weight of {rows} rows and {columns} columns: at least 1, at most {MAX_COLUMNS} columns")
+    need(0 < groupsize <= columns, f"groupsize {groupsize}: must be 1 to {columns}")
+    padded, groups = _padded(rows, ROWS), -(-columns // groupsize)
+    blocks = (padded // 32, _padded(columns, COLUMNS) // 32, 32, 16)
+    for name, tensor, shape, dtype in (
+        ("x", x, tuple(x.shape), x.dtype),
+        ("packed", packed, blocks, torch.uint8),
+        ("scale", scale, (groups, padded), torch.float32),
+        ("zero", zero, (groups, padded), torch.int32),
+        ("colsum", colsum, (groups, padded), torch.int32),
+        ("bias", bias, (padded,), torch.float32),
+        *(
+            (("lengths", lengths, (x.shape[0],), torch.int64 if lengths.dtype == torch.int64 else torch.int32),)
+            if lengths is not None
+            else ()
+        ),
+    ):
+        need(tuple(tensor.shape) == shape, f"{name} {tuple(tensor.shape)}: must be {shape}")
+        need(tensor.dtype == dtype, f"{name} is {tensor.dtype}, must be {dtype}")
+        need(tensor.is_contiguous(), f"{name} has strides {tensor.stride()}: must be contiguous")
+        need(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
+    need(kernel in (None, "cuda", "torch"), f"kernel {kernel}: must be cuda or torch")
+
+
+def _exact_matmul(q, w):
+    """q (..., K) @ w (N, K).T of whole numbers: int32.  q float32 of 0 to 255, w uint8 of 0 to 15.
+
+    In float32, which is much faster than integers and as exact up to 2^24 in any order of summation: 4096 columns * 255 * 15 is less.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return sum((part @ columns.float().T).int() for part, columns in zip(q.split(4096, -1), w.split(4096, 1), strict=True))
+
+
+def _torch_linear(x, packed, scale, zero, colsum, bias, rows, columns, groupsize, layout, act_bits, per_token, lengths, kernel):
+    """The op in PyTorch, on any device: the definition that the kernels are held to."""
+    _check(x, packed, scale, zero, colsum, bias, rows, columns, groupsize, layout, act_bits, per_token, lengths, kernel)
+    if kernel == "cuda" and x.device.type != "cuda":
+        raise ValueError(f"w4a8_linear: kernel cuda, but x is on {x.device}")
+    q, x_scale, x_zero = act_codes(x, act_bits, per_token, lengths)
+    w, x_zero = unpack_w4(packed)[:rows, :columns], x_zero.int()
+    y = torch.zeros(*x.shape[:2], rows, device=x.device)
+    parts = zip(q.split(groupsize, 2), w.split(groupsize, 1), scale[:, :rows], zero[:, :rows], colsum[:, :rows], strict=True)
+    for q_g, w_g, scale_g, zero_g, colsum_g in parts:
+        exact = _exact_matmul(q_g, w_g) - zero_g * q_g.sum(-1, keepdim=True).int() - x_zero * colsum_g
+        y += exact.float() * scale_g
+    return (y * x_scale + bias[:rows]).to(x.dtype)
+
+
+def _fake_linear(x, packed, scale, zero, colsum, bias, rows, *settings):
+    _check(x, packed, scale, zero, colsum, bias, rows, *settings)
+    return x.new_empty(*x.shape[:2], rows)
+
+
+def select(kind, device):
+    """What runs for --kernel auto, cuda or torch on a device: `kernel` of w4a8_linear, and the line to print about it.
+
+    Builds the CUDA kernels on their first use.  Raises ValueError where "cuda" is asked for and cannot run; "auto" then says why.
+    """
+    torch_line = "kernel: torch, exact integers computed in PyTorch"
+    if kind == "torch" or (kind == "auto" and device.type != "cuda"):
+        return "torch", torch_line
+    if device.type != "cuda":
+        raise ValueError(f"--kernel cuda: needs an NVIDIA GPU, not --device {device}; choose torch or auto")
+    arch = "{}{}".format(*torch.cuda.get_device_capability(device))
+    try:
+        load(arch)
+    except BuildError as e:
+        if kind == "cuda":
+            raise ValueError(f"--kernel cuda: {e}") from e
+        return "torch", f"{torch_line}, slowly, as the CUDA kernels are not there: {e}"
+    return "cuda", f"kernel: cuda, sm_{arch}, on {torch.cuda.get_device_name(device)}"
+
+
+# Library.define and impl, which cost a decoding step a quarter of what torch.library.custom_op does.
+_library = torch.library.Library("awrq", "DEF")
+_library.define(
+    "w4a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor colsum, Tensor bias, int rows, int columns, int groupsize, "
+    "int layout, int act_bits, bool per_token, Tensor? lengths, str? kernel) -> Tensor"
+)
+_library.impl("w4a8_linear", _torch_linear, "CPU")
+torch.library.register_fake("awrq::w4a8_linear", _fake_linear, lib=_library)
