@@ -158,6 +158,21 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None):
     return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
 
 
+def load_text(recipe, corpora, tokenizer, data_dir=None):
+    """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
+
+    recipe: a quant.Recipe; for method full the calibration is None.  Raises what check_corpora (first), calibration and eval_tokens raise.
+    """
+    calibrates = recipe.method != "full"
+    check_corpora(recipe.calib_data if calibrates else None, corpora, data_dir)
+    ids = used = None
+    if calibrates:
+        ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, data_dir)
+    texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir) for name in corpora}
+    protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in texts.items()}}
+    return ids, {name: tokens for name, (tokens, _) in texts.items()}, protocol
+
+
 def check_corpora(calib_name, eval_names, data_dir=None):
     """Cheap checks before long work: each corpus is known, its file is there, and no text is used twice.  calib_name None: no calibration.
 

@@ -22,6 +22,28 @@ SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
 
 
+NEW_EVAL = {"ptb": "ptb-new", "c4": "c4-new"}
+
+
+def plan(args):
+    """What the command line asks to evaluate: [corpus].  Raises ValueError if that is nothing, OSError if its JSON cannot be written."""
+    names = dict.fromkeys(name for name in args.eval.split(",") if name)
+    corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in names]
+    if not corpora:
+        raise ValueError("nothing to evaluate: give --eval")
+    check_writable(args.output_path)
+    return corpora
+
+
+def evaluate(args, recipe, model, texts, clock):
+    """Every number of a model: {"perplexity": {corpus: see perplexity}, "tasks": {}}."""
+    results = {"perplexity": {}, "tasks": {}}
+    for name, tokens in texts.items():
+        with clock("evaluation"):
+            results["perplexity"][name] = perplexity(model, tokens, recipe.seqlen, args.device, args.walk_batch, name)
+    return results
+
+
 @torch.no_grad()
 def perplexity(model, ids, seqlen, device="cpu", walk_batch=1, desc="evaluating"):
     """Perplexity of a model on ids (N,), cut into windows of seqlen tokens; the tail that fills none is dropped.
@@ -105,8 +127,8 @@ def report(args, recipe, model, protocol, results, layers, clock):
         "model": args.model,
         "model_type": model.config.model_type,
         "recipe": asdict(recipe),
-        "protocol": protocol | {"dtype": str(model.dtype).removeprefix("torch.")},
-        "results": {"perplexity": {}, "tasks": {}} | results,
+        "protocol": protocol | {"dtype": str(model.dtype).removeprefix("torch."), "walk_batch": args.walk_batch},
+        "results": results,
         "layers": [asdict(layer) for layer in layers],
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
         "peak_bytes": peak_bytes(args.device),
@@ -114,6 +136,16 @@ def report(args, recipe, model, protocol, results, layers, clock):
         "commit": commit(),
         "hardware": hardware(args.device),
     }
+
+
+def publish(args, report):
+    """Print the tables of a report and how they came about, and write it to --output_path."""
+    rows = [(name, f"{r['ppl']:.4f}", r["windows"], r["seqlen"]) for name, r in report["results"]["perplexity"].items()]
+    if rows:
+        print(table(("corpus", "perplexity", "windows", "tokens each"), rows))
+    print(describe(report))
+    if args.output_path:
+        write_json(args.output_path, report)
 
 
 def describe(report):
