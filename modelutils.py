@@ -42,6 +42,7 @@ class Family:
     blocks: str  # the list of decoder blocks
     after: tuple[str, ...]  # from the last block's output to the logits; a module that a model lacks is skipped
     groups: tuple[Group, ...]  # in the order of execution
+    flat: tuple[str, ...] = ()  # linears that read (B * T, C)
 
 
 def opt_pre_norm(config):
@@ -83,6 +84,7 @@ FAMILIES = {  # by config.model_type
             Group("final_layer_norm", ("fc1",), opt_pre_norm),
             Group("fc1", ("fc2",), lambda config: config.activation_function == "relu"),  # relu(s x) = s relu(x)
         ),
+        flat=("fc1", "fc2"),
     ),
 }
 
@@ -157,14 +159,18 @@ def check_vocabulary(config, texts):
         raise ValueError(f"the tokenizer gives token {largest}, the model knows {config.vocab_size}: they do not belong together")
 
 
+def run_dtype(dtype, device):
+    """What a --dtype means on a device: "auto", which is the checkpoint's, is float32 on a CPU."""
+    return "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype
+
+
 def load_model(name, dtype="auto", device="cpu"):
-    """The model in host memory and evaluation mode, from safetensors only; "auto" is the checkpoint's type, but float32 to run on a CPU.
+    """The model in host memory and evaluation mode, from safetensors only; dtype: see run_dtype.
 
     Raises OSError if there are no such weights, FloatingPointError if one is NaN or Inf, with its name.
     """
-    dtype = "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=run_dtype(dtype, device), use_safetensors=True)
     except OSError as e:
         raise OSError(
             f"{name}: no loadable *.safetensors weights there ({_first_line(e)}); pickled weights are not read,"
@@ -365,12 +371,12 @@ def round_group(linears, method, stats, recipe, name):
 
 
 @torch.no_grad()
-def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None):
+def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None, store=None):
     """Quantize the decoder blocks of a model in place, one on the device at a time, first to last.
 
     ids (n, T): calibration sequences.  The inputs of a block come from the quantized blocks before it.  Yields for each block [Layer] and
-    {name: (codes (R, C) uint8, Grid)}, which is empty if weights are not rounded.  Raises FloatingPointError, naming block and layer,
-    where NaN or Inf turns up.
+    {name: (codes (R, C) uint8, Grid)}, which is empty if weights are not rounded.  store: a checkpoint.Store, which keeps finished blocks
+    and gives back those that it has.  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
     groups, method = FAMILIES[model.config.model_type].groups, METHODS[recipe.method]
     clock, batch = clock or Clock(device), Batch()
@@ -379,6 +385,9 @@ def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None):
     with clock("capture"):
         x, kwargs = record_inputs(model, ids.split(walk_batch), device)
     for i, block in walk(model, device, f"quantizing ({recipe.method})"):
+        if store and i < store.finished:
+            yield store.restore(i, block, groups, batch, x)
+            continue
         name, layers, codes = f"block {i}", [], {}
         linears = replace_linears(block, groups, batch)
         first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
@@ -408,6 +417,8 @@ def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None):
                     layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
         with clock("propagation"):
             propagate(block, x, kwargs, name)
+        if store:
+            store.keep(i, block, layers, codes, x)
         yield layers, codes
 
 

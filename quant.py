@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
 from kernels import act_codes
 
 
@@ -157,3 +158,30 @@ class QuantLinear(nn.Module):
     def extra_repr(self):
         R, C = self.weight.shape
         return f"{C}, {R}, bias={self.bias is not None}, act_bits={self.act_bits}, per_token={self.per_token}"
+
+
+class IntLinear(nn.Module):
+    """A quantized linear layer computed in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
+
+    Made from a settled QuantLinear and the codes q (R, C) uint8 and Grid of its weight, of at most 4 bits.
+    """
+
+    def __init__(self, linear, q, grid, kernel=None):
+        super().__init__()
+        for name, value in kernels.prepare(q, grid.scale, grid.zero, grid.groupsize, linear.bias)._asdict().items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self.register_buffer("in_scale", linear.in_scale)
+        self.act_bits, self.per_token, self.batch, self.kernel = linear.act_bits, linear.per_token, linear.batch, kernel
+
+    smoothed = QuantLinear.smoothed
+
+    def forward(self, x):
+        weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))
+        y = kernels.w4a8_linear(self.smoothed(x), weight, self.act_bits, self.per_token, kernel=self.kernel)
+        return y.view(*x.shape[:-1], -1)
+
+    def extra_repr(self):
+        return f"{self.columns}, {self.rows}, groupsize={self.groupsize}, act_bits={self.act_bits}, per_token={self.per_token}"
