@@ -300,6 +300,11 @@ class Writer:
 
     def __enter__(self):
         self.partial.mkdir(parents=True)
+        try:
+            self.tokenizer.save_pretrained(self.partial)
+        except Exception as e:  # its backend raises no OSError of its own
+            self.__exit__(type(e), e, None)
+            raise OSError(f"{self.folder}: the tokenizer cannot be written ({e})") from e
         return self
 
     def add(self, i, codes):
@@ -347,7 +352,6 @@ class Writer:
         config.quantization_config = self.layout.config(self.model, self.recipe) | self.about
         config.save_pretrained(self.partial)
         self.model.generation_config.save_pretrained(self.partial)
-        self.tokenizer.save_pretrained(self.partial)
 
     def size(self):
         """A line about the size of the quantized linears, all their tensors, against FP16."""
