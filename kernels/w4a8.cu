@@ -1,0 +1,199 @@
+// The C interface: one call quantizes x and multiplies it, on the caller's stream, in memory that the caller owns.  It neither allocates nor
+// waits, so a CUDA graph can capture it.  Called by __init__.py through ctypes.
+#include "decode.cuh"
+
+struct Call {  // the same fields in the same order as _Call in __init__.py
+  const void* x;            // [B,T,K]
+  const int* lengths;       // [B], or null
+  const void* weight;       // of pack_w4
+  const float* scale;       // [G,Np]
+  const int* zero;          // [G,Np]
+  const int* colsum;        // [G,Np]
+  const float* bias;        // [Np]
+  void* y;                  // [B,T,N]
+  void* workspace;          // awrq_workspace() bytes, of any contents
+  void* stream;
+  int64_t workspace_bytes;
+  int type;                 // of x and y: Type in quantize.cuh
+  int B, T, K, N;
+  int groupsize;            // K: one scale for a whole row
+  int levels;               // 2^bits - 1
+  int per_token;
+  int config;               // Config
+  int splits;               // blocks that share the columns of a tile
+};
+
+// The order of CONFIGS in __init__.py.
+enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x128, kConfigs };
+
+//                               BN   BM   WN  WM  stages
+template <bool G> using Tile16 = Tile<128, 16, 32, 16, 6, G>;
+template <bool G> using Tile32 = Tile<128, 32, 32, 32, 5, G>;
+template <bool G> using Tile64 = Tile<128, 64, 32, 64, 4, G>;
+template <bool G> using Tile128 = Tile<128, 128, 64, 32, 4, G>;
+template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
+
+constexpr int kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64, kMaxFusedBytes = 64 * 1024;
+constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
+
+static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Plan {  // everything that follows from a call
+  int M, Np, Kp, Mp, groups, groupsize, bn, bm, tiles, values;
+  bool grouped, decode, fused;
+  int range_parts, range_rows;  // first pass over x; no parts: rows have ranges of their own
+  int64_t codes, sums, x_scale, x_zero, ranges, slabs, tickets, bytes;  // offsets in the workspace
+
+  explicit Plan(const Call& c) {
+    M = c.B * c.T, Np = padded(c.N, 128), Kp = padded(c.K, 64), Mp = padded(M, 128);
+    groups = (c.K + c.groupsize - 1) / c.groupsize, grouped = groups > 1, groupsize = grouped ? c.groupsize : Kp;
+    fused = c.config == kDecodeFused, decode = fused || c.config == kDecode;
+    bn = decode ? 32 : c.config == k256x128 ? 256 : 128;
+    bm = decode ? (M <= 8 ? 8 : 16) : c.config == k128x16 ? 16 : c.config == k128x32 ? 32 : c.config == k128x64 ? 64 : 128;
+    values = bn * bm;
+    tiles = ((c.N + bn - 1) / bn) * ((M + bm - 1) / bm);
+    range_rows = (M + kRangeParts - 1) / kRangeParts;
+    range_parts = c.per_token || (c.T == 1 && !c.lengths) ? 0 : (c.T + range_rows - 1) / range_rows;
+    bytes = 0;
+    auto take = [&](int64_t size) { int64_t at = bytes; bytes += (size + 255) / 256 * 256; return at; };
+    codes = take(fused ? 0 : int64_t(M) * Kp);
+    sums = take(fused ? 0 : int64_t(groups) * Mp * 4);
+    x_scale = take(fused ? 0 : Mp * 4);
+    x_zero = take(fused ? 0 : Mp * 4);
+    ranges = take(fused ? 0 : int64_t(c.B) * range_parts * 8);
+    slabs = take(c.splits > 1 ? int64_t(tiles) * c.splits * values * 4 : 0);
+    tickets = take(c.splits > 1 ? tiles * 4 : 0);
+  }
+};
+
+#define REFUSALS(X) \
+  X(kNoX, "x is null or not aligned to 16 bytes") \
+  X(kNoWeight, "packed, scale, zero, colsum or bias is null or not aligned to 16 bytes") \
+  X(kNoY, "y is null or not aligned to 16 bytes") \
+  X(kBadType, "x must be float16, bfloat16 or float32") \
+  X(kBadRows, "B and T must be at least 1, and B * T at most 1048576 tokens") \
+  X(kBadColumns, "K must be 1 to 65536 and N at least 1") \
+  X(kBadGroup, "groupsize must be a multiple of 64, at most 1024, or K") \
+  X(kBadLevels, "act_bits must be 2 to 8") \
+  X(kBadConfig, "no such kernel configuration") \
+  X(kDecodeRows, "this configuration takes at most 16 tokens") \
+  X(kFusedBytes, "this configuration keeps all codes of x in 64 KiB of shared memory, which do not fit") \
+  X(kFusedSplits, "this configuration does not split the columns") \
+  X(kBadTile, "this configuration needs padded rows that are a multiple of 256, and one scale for a whole row") \
+  X(kBadSplits, "splits must be 1 to 64, and at most the groups of a row") \
+  X(kBadWorkspace, "the workspace is null, too small or not aligned to 256 bytes")
+
+enum Refusal {
+#define NAME(name, text) name,
+  REFUSALS(NAME)
+#undef NAME
+};
+
+static bool aligned(const void* pointer, uintptr_t bytes) { return pointer && reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// -1 - Refusal, or 0.  Pointers are looked at, nothing behind them is.
+static int check_shape(const Call& c) {
+  auto refuse = [](Refusal r) { return -1 - r; };
+  if (c.type < kHalf || c.type > kFloat) return refuse(kBadType);
+  if (c.B < 1 || c.T < 1 || int64_t(c.B) * c.T > kMaxRows) return refuse(kBadRows);
+  if (c.K < 1 || c.K > kMaxColumns || c.N < 1 || c.N > (1 << 24)) return refuse(kBadColumns);
+  if (c.groupsize < 1 || c.groupsize > c.K || (c.groupsize < c.K && (c.groupsize % 64 || c.groupsize > kMaxGroup))) return refuse(kBadGroup);
+  if (c.levels != 3 && c.levels != 7 && c.levels != 15 && c.levels != 31 && c.levels != 63 && c.levels != 127 && c.levels != 255) return refuse(kBadLevels);
+  if (c.config < 0 || c.config >= kConfigs) return refuse(kBadConfig);
+  Plan p(c);
+  if (p.decode && p.M > 16) return refuse(kDecodeRows);
+  if (p.fused && p.M * (p.Kp + 16) > kMaxFusedBytes) return refuse(kFusedBytes);
+  if (p.fused && c.splits != 1) return refuse(kFusedSplits);
+  if (c.config == k256x128 && (p.Np % 256 || p.grouped)) return refuse(kBadTile);
+  if (c.splits < 1 || c.splits > kMaxSplits || c.splits > (p.grouped ? p.groups : p.Kp / 64)) return refuse(kBadSplits);
+  return 0;
+}
+
+static int check_pointers(const Call& c, const Plan& p) {
+  auto refuse = [](Refusal r) { return -1 - r; };
+  if (!aligned(c.x, 16)) return refuse(kNoX);
+  if (!aligned(c.weight, 16) || !aligned(c.scale, 16) || !aligned(c.zero, 16) || !aligned(c.colsum, 16) || !aligned(c.bias, 16)) return refuse(kNoWeight);
+  if (!aligned(c.y, 16)) return refuse(kNoY);
+  if (p.bytes && (!aligned(c.workspace, 256) || c.workspace_bytes < p.bytes)) return refuse(kBadWorkspace);
+  return 0;
+}
+
+template <class T>
+static int quantize(const Call& c, const Plan& p, const Activations& a, const Codes& codes, float2* ranges, uint32_t* tickets) {
+  constexpr int kMemory = kQuantizeThreads / 32 * 2 * 4;
+  if (p.range_parts) {
+    int error = launch(range_kernel<T>, c.B * p.range_parts, 1, kQuantizeThreads, kMemory, c.stream, a, ranges, p.range_parts, p.range_rows);
+    if (error) return error;
+  }
+  return launch(quantize_kernel<T>, p.M, 1, kQuantizeThreads, p.groups * 4 + kMemory, c.stream, a, static_cast<const float2*>(ranges),
+                p.range_parts, codes, tickets, c.splits > 1 ? p.tiles : 0);
+}
+
+template <class Tl>
+static int tile(const Call& c, const Plan& p, const Problem& problem) {
+  return launch(tile_kernel<Tl>, p.tiles, c.splits, Tl::THREADS, Tl::SHARED_BYTES, c.stream, problem);
+}
+
+template <class D>
+static int decode(const Call& c, const Plan& p, const Problem& problem, const Activations& a) {
+  return launch(decode_kernel<D>, p.tiles, c.splits, D::THREADS, D::shared_bytes(p.M, p.Kp, p.groups), c.stream, problem, a);
+}
+
+template <bool GROUPED>
+static int multiply(const Call& c, const Plan& p, const Problem& problem, const Activations& a) {
+  bool small = p.M <= 8;
+  switch (c.config) {
+    case kDecodeFused: return small ? decode<Decode<8, true, GROUPED>>(c, p, problem, a) : decode<Decode<16, true, GROUPED>>(c, p, problem, a);
+    case kDecode: return small ? decode<Decode<8, false, GROUPED>>(c, p, problem, a) : decode<Decode<16, false, GROUPED>>(c, p, problem, a);
+    case k128x16: return tile<Tile16<GROUPED>>(c, p, problem);
+    case k128x32: return tile<Tile32<GROUPED>>(c, p, problem);
+    case k128x64: return tile<Tile64<GROUPED>>(c, p, problem);
+    case k128x128: return tile<Tile128<GROUPED>>(c, p, problem);
+    default: return tile<Tile256<false>>(c, p, problem);  // check_shape refuses groups
+  }
+}
+
+extern "C" {
+
+int awrq_call_bytes() { return sizeof(Call); }
+
+// What a code of awrq_workspace or awrq_linear means: < 0 refused, > 0 an error of CUDA.
+const char* awrq_error(int code) {
+  static const char* const texts[] = {
+#define TEXT(name, text) text,
+      REFUSALS(TEXT)
+#undef TEXT
+  };
+  return code < 0 ? texts[-1 - code] : launch_error(code);
+}
+
+// Bytes that a call needs, by its numbers alone; or < 0.
+int64_t awrq_workspace(const Call* c) {
+  int refused = check_shape(*c);
+  return refused ? refused : Plan(*c).bytes;
+}
+
+// 0, or what awrq_error explains.
+int awrq_linear(const Call* call) {
+  const Call& c = *call;
+  if (int refused = check_shape(c)) return refused;
+  Plan p(c);
+  if (int refused = check_pointers(c, p)) return refused;
+  uint8_t* memory = static_cast<uint8_t*>(c.workspace);
+  Activations a{c.x, c.lengths, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token};
+  Codes codes{memory + p.codes, reinterpret_cast<float*>(memory + p.x_scale), reinterpret_cast<int*>(memory + p.x_zero),
+              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize};
+  uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
+  Problem problem{static_cast<const uint4*>(c.weight), c.scale, c.zero, c.colsum, c.bias, codes, c.y, c.type, p.M, c.N, p.Np, p.Kp,
+                  c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};
+  if (!p.fused) {
+    float2* ranges = reinterpret_cast<float2*>(memory + p.ranges);
+    int error = c.type == kHalf     ? quantize<half_t>(c, p, a, codes, ranges, tickets)
+                : c.type == kBfloat ? quantize<bfloat_t>(c, p, a, codes, ranges, tickets)
+                                    : quantize<float>(c, p, a, codes, ranges, tickets);
+    if (error) return error;
+  }
+  return p.grouped ? multiply<true>(c, p, problem, a) : multiply<false>(c, p, problem, a);
+}
+
+}  // extern "C"
