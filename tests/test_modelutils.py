@@ -496,7 +496,11 @@ def test_statistics_whose_mean_overflows_name_block_and_layer(method):
     """Every entry of H is finite, but not their mean, which the damping is a share of."""
     model, squares = tiny_model(), torch.zeros(64, dtype=torch.float64)
     block = decoder_blocks(model)[1]
-    with block.fc2.register_forward_pre_hook(lambda module, args: squares.add_(args[0].detach().double().square().flatten(0, -2).sum(0))):
+
+    def add_squares(_, args):
+        squares.add_(args[0].detach().double().square().flatten(0, -2).sum(0))
+
+    with block.fc2.register_forward_pre_hook(add_squares):
         logits(model)
     assert squares.max() < 0.6 * squares.sum()
     with torch.no_grad():
