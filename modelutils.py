@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
@@ -9,9 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from operator import itemgetter
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -121,10 +124,12 @@ def load_config(name, script=None):
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # transformers raises whatever its validators do
+        if os.path.isfile(os.path.join(name, "config.json")):
+            raise OSError(f"{name}: its config.json is not one that transformers {transformers.__version__} takes ({_reason(e)})") from e
         raise OSError(
             f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
-            f" ({_first_line(e)}); a gated model needs `hf auth login`"
+            f" ({_reason(e)}); a gated model needs `hf auth login`"
         ) from e
     if config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}")
@@ -146,7 +151,9 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as e:  # transformers raises whatever its backends do
-        raise OSError(f"{name}: no usable tokenizer there ({_first_line(e)}); save it into the model's folder") from e
+        raise OSError(f"{name}: no usable tokenizer there ({_reason(e)}); save it into the model's folder") from e
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where it finds no files
+        raise OSError(f"{name}: no tokenizer there, or one without a vocabulary; save it into the model's folder")
     if get_tokenizer_config(name).get("add_bos_token") and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         tokenizer.add_bos_token = True
     return tokenizer
@@ -167,23 +174,31 @@ def run_dtype(dtype, device):
 def load_model(name, dtype="auto", device="cpu"):
     """The model in host memory and evaluation mode, from safetensors only; dtype: see run_dtype.
 
-    Raises OSError if there are no such weights, FloatingPointError if one is NaN or Inf, with its name.
+    Raises OSError if there are no such weights, ValueError if one is missing or of another shape than the configuration says,
+    FloatingPointError if one is NaN or Inf, with its name.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=run_dtype(dtype, device), use_safetensors=True)
-    except OSError as e:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=run_dtype(dtype, device), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as e:
         raise OSError(
-            f"{name}: no loadable *.safetensors weights there ({_first_line(e)}); pickled weights are not read,"
+            f"{name}: no loadable *.safetensors weights there ({_reason(e)}); pickled weights are not read,"
             " convert them with save_pretrained() of transformers"
         ) from e
+    for what, keys in (("missing", found["missing_keys"]), ("of another shape than config.json says", found["mismatched_keys"])):
+        if keys:  # transformers has drawn them at random
+            first = min(key if isinstance(key, str) else key[0] for key in keys)
+            raise ValueError(f"{name}: the weight {first} is {what} ({len(keys)} such); save the model again")
     for key, p in tqdm(model.state_dict().items(), desc="checking weights", unit="tensor", leave=False):
         if p.is_floating_point() and not p.isfinite().all():
             raise FloatingPointError(f"{name}: NaN or Inf in the weight {key}")
     return model.eval()
 
 
-def _first_line(error):
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _reason(error):
+    """The first line of an error's message, and those that it announces with a colon."""
+    return " ".join(re.match(r"(.*:\n)*.*", str(error).strip())[0].split()).rstrip(".")
 
 
 # ---------------------------------------------------------------------------
@@ -233,6 +248,7 @@ def only_first_block(model):
         setattr(parent, name, blocks)
 
 
+@torch.no_grad()
 def record_inputs(model, batches, device):
     """What enters the first block.  batches: iterable of (B, T) token ids.
 
@@ -333,11 +349,11 @@ class FirstSequence:
 
 
 def output_error(W, x, linear):
-    """sum |W x - Q xq|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if x is all zero."""
+    """sum |W x - Q xq|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if W x is all zero."""
     y = x.float() @ W.T
     xq = quant.fake_quant_act(x[None], linear.act_bits, linear.per_token)[0]
-    error = (y - xq.float() @ linear.weight.float().T).square().sum() / y.square().sum()
-    return error.nan_to_num(0).item()
+    lost, whole = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (y - xq.float() @ linear.weight.float().T, y))
+    return (lost / whole) ** 2 if whole else 0.0
 
 
 def replace_linears(block, groups, batch):
@@ -371,6 +387,49 @@ def round_group(linears, method, stats, recipe, name):
 
 
 @torch.no_grad()
+def quantize_block(i, block, x, kwargs, config, recipe, batch, clock):
+    """Quantize decoder block i in place and replace its inputs x, [(B, T, D)], by its outputs: [Layer] and {name: (codes, Grid)}."""
+    name, layers, codes, device = f"block {i}", [], {}, x[0].device
+    groups, method = FAMILIES[config.model_type].groups, METHODS[recipe.method]
+    linears = replace_linears(block, groups, batch)
+    first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
+    if recipe.smooth:
+        with clock("smoothing"):
+            absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
+            observe(block, x, kwargs, name, {first[group]: (absmax[group],) for group in groups})
+            smooth_block(block, groups, linears, config, recipe, absmax)
+    for step in [(group,) for group in groups] if recipe.true_sequential else [groups]:
+        with clock("statistics"):
+            sample = {group: FirstSequence() for group in step}
+            stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
+            observe(block, x, kwargs, name, {first[g]: (sample[g], *([stats[g]] if stats else ())) for g in step})
+        for group in step:
+            names = group.linears
+            originals = [linears[n].weight.data for n in names]
+            if method.weights:
+                with clock("solving"):
+                    rounded = round_group([linears[n] for n in names], method, stats.pop(group, None), recipe, f"{name} {'/'.join(names)}")
+                codes |= dict(zip(names, rounded, strict=True))
+            for n, W in zip(names, originals, strict=True):
+                if n in codes:
+                    linears[n].weight.data = from_int(*codes[n])
+                linears[n].settle(recipe.act_bits, recipe.act_pertoken)
+                layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
+    with clock("propagation"):
+        propagate(block, x, kwargs, name)
+    return layers, codes
+
+
+def quantize_or_restore(i, block, x, kwargs, config, recipe, batch, clock, store):
+    """quantize_block, but if the store has block i, what that gave when it was quantized."""
+    if store and i < store.finished:
+        return store.restore(i, block, FAMILIES[config.model_type].groups, batch, x)
+    layers, codes = quantize_block(i, block, x, kwargs, config, recipe, batch, clock)
+    if store:
+        store.keep(i, block, layers, codes, x)
+    return layers, codes
+
+
 def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None, store=None):
     """Quantize the decoder blocks of a model in place, one on the device at a time, first to last.
 
@@ -378,48 +437,14 @@ def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None, 
     {name: (codes (R, C) uint8, Grid)}, which is empty if weights are not rounded.  store: a checkpoint.Store, which keeps finished blocks
     and gives back those that it has.  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
-    groups, method = FAMILIES[model.config.model_type].groups, METHODS[recipe.method]
     clock, batch = clock or Clock(device), Batch()
-    if method.stats is None and not recipe.smooth:
+    if METHODS[recipe.method].stats is None and not recipe.smooth:
         ids = ids[:1]  # nothing to learn from the others: the first is for the errors
     with clock("capture"):
         x, kwargs = record_inputs(model, ids.split(walk_batch), device)
     for i, block in walk(model, device, f"quantizing ({recipe.method})"):
-        if store and i < store.finished:
-            yield store.restore(i, block, groups, batch, x)
-            continue
-        name, layers, codes = f"block {i}", [], {}
-        linears = replace_linears(block, groups, batch)
-        first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
-        if recipe.smooth:
-            with clock("smoothing"):
-                absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
-                observe(block, x, kwargs, name, {first[group]: (absmax[group],) for group in groups})
-                smooth_block(block, groups, linears, model.config, recipe, absmax)
-        for step in [(group,) for group in groups] if recipe.true_sequential else [groups]:
-            with clock("statistics"):
-                sample = {group: FirstSequence() for group in step}
-                stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
-                observe(block, x, kwargs, name, {first[g]: (sample[g], *([stats[g]] if stats else ())) for g in step})
-            for group in step:
-                names = group.linears
-                originals = [linears[n].weight.data for n in names]
-                if method.weights:
-                    with clock("solving"):
-                        rounded = round_group(
-                            [linears[n] for n in names], method, stats.pop(group, None), recipe, f"{name} {'/'.join(names)}"
-                        )
-                    codes |= dict(zip(names, rounded, strict=True))
-                for n, W in zip(names, originals, strict=True):
-                    if n in codes:
-                        linears[n].weight.data = from_int(*codes[n])
-                    linears[n].settle(recipe.act_bits, recipe.act_pertoken)
-                    layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
-        with clock("propagation"):
-            propagate(block, x, kwargs, name)
-        if store:
-            store.keep(i, block, layers, codes, x)
-        yield layers, codes
+        # no name for it: it must not outlive its block
+        yield quantize_or_restore(i, block, x, kwargs, model.config, recipe, batch, clock, store)
 
 
 def quantize(model, ids, recipe, device, walk_batch, clock):
@@ -427,7 +452,7 @@ def quantize(model, ids, recipe, device, walk_batch, clock):
     layers = []
     if recipe.method == "full":
         return layers
-    for done, _ in quantize_blocks(model, ids, recipe, device, walk_batch, clock):
+    for done in map(itemgetter(0), quantize_blocks(model, ids, recipe, device, walk_batch, clock)):
         tqdm.write(
             f"block {done[0].block}: output errors  " + "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
         )
@@ -467,9 +492,11 @@ class Parser(argparse.ArgumentParser):
 def device(name):
     """torch.device of --device, which must be there."""
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds no such device here ({_first_line(e)}); use cpu") from e
+        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds no such device here ({_reason(e)}); use cpu") from e
 
 
 def positive(number):
