@@ -6,8 +6,11 @@ import math
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import tempfile
+import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from modelutils import FAMILIES, propagate, record_inputs, walk
+from quant import IntLinear, QuantLinear
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
@@ -41,6 +45,9 @@ def evaluate(args, recipe, model, texts, clock):
     for name, tokens in texts.items():
         with clock("evaluation"):
             results["perplexity"][name] = perplexity(model, tokens, recipe.seqlen, args.device, args.walk_batch, name)
+    if args.benchmark:
+        with clock("benchmark"):
+            results["benchmark"] = decode(model, next(iter(texts.values()))[: args.benchmark], args.device, args.check)
     return results
 
 
@@ -69,6 +76,33 @@ def perplexity(model, ids, seqlen, device="cpu", walk_batch=1, desc="evaluating"
     if not math.isfinite(value):
         raise FloatingPointError(f"{desc}: the perplexity is {value}")
     return {"ppl": value, "windows": sum(map(len, windows)), "seqlen": seqlen, "tokens": sum(w.numel() for w in windows)}
+
+
+@torch.no_grad()
+def decode(model, ids, device="cpu", check=False):
+    """Feed ids (N,) to the model one by one, with a cache, as it decodes: {"ms_per_token": the median, "tokens": N}.
+
+    check: also "ppl", exp of the mean negative log-likelihood of the tokens but the first; each token's activations then have scales of
+    their own.  The whole model is on the device.  Raises ValueError if there are fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
+    device = torch.device(device)
+    model.to(device)
+    ids, cache, milliseconds, losses = ids.to(device), None, [], []
+    for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
+        start = time.perf_counter()
+        out = model(ids[None, i : i + 1], past_key_values=cache, use_cache=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+        cache = out.past_key_values
+        if check and i + 1 < len(ids):
+            losses.append(F.cross_entropy(out.logits[0].float(), ids[i + 1 : i + 2]).double())
+    model.to("cpu")
+    return {"ms_per_token": statistics.median(milliseconds), "tokens": len(ids)} | (
+        {"ppl": torch.stack(losses).mean().exp().item()} if check else {}
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -127,7 +161,8 @@ def report(args, recipe, model, protocol, results, layers, clock):
         "model": args.model,
         "model_type": model.config.model_type,
         "recipe": asdict(recipe),
-        "protocol": protocol | {"dtype": str(model.dtype).removeprefix("torch."), "walk_batch": args.walk_batch},
+        "protocol": protocol
+        | {"dtype": str(model.dtype).removeprefix("torch."), "walk_batch": args.walk_batch, "arithmetic": arithmetic(model)},
         "results": results,
         "layers": [asdict(layer) for layer in layers],
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
@@ -138,11 +173,24 @@ def report(args, recipe, model, protocol, results, layers, clock):
     }
 
 
+def arithmetic(model):
+    """How its quantized linears are computed, in words."""
+    kinds = Counter(
+        f"integers ({m.kernel or 'default'} kernel)" if isinstance(m, IntLinear) else "floating point, on dequantized numbers"
+        for m in model.modules()
+        if isinstance(m, IntLinear | QuantLinear)
+    )
+    return "; ".join(f"{n} linears in {kind}" for kind, n in kinds.items()) or "as the model came"
+
+
 def publish(args, report):
     """Print the tables of a report and how they came about, and write it to --output_path."""
     rows = [(name, f"{r['ppl']:.4f}", r["windows"], r["seqlen"]) for name, r in report["results"]["perplexity"].items()]
     if rows:
         print(table(("corpus", "perplexity", "windows", "tokens each"), rows))
+    if decoded := report["results"].get("benchmark"):
+        ppl = f", perplexity {decoded['ppl']:.4f}" if "ppl" in decoded else ""
+        print(f"decoding: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}{ppl}")
     print(describe(report))
     if args.output_path:
         write_json(args.output_path, report)
@@ -162,6 +210,7 @@ def describe(report):
         f"{report['model']}: {recipe['method']}, W{recipe['wbits']}A{recipe['act_bits']}, group {recipe['groupsize']}, {protocol['dtype']}"
         + "".join(f", {option}" for option in options),
         calib,
+        f"arithmetic: {protocol['arithmetic']}",
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
         "peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in peak.items() if value is not None),
     ]

@@ -5,24 +5,25 @@ python main.py meta-llama/Llama-2-7b --eval wikitext2 --wbits 4 --act_bits 8 --m
 
 import argparse
 
+from checkpoint import open_model, prepare, quantize
 from datautils import load_text
 from evalutils import evaluate, plan, publish, report
-from modelutils import Clock, Parser, add_args, check_vocabulary, load_model, prepare, quantize
+from modelutils import Clock, Parser, add_args, check_vocabulary
 
 
 def main(args):
     # ---- What can be wrong is found before any long work ----
-    config, recipe, tokenizer = prepare(args, "main.py")
+    config, recipe, tokenizer, calibration = prepare(args, "main.py")
     corpora = plan(args)
     clock = Clock(args.device)
     with clock("text"):
-        ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir)
+        ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, calibration)
     check_vocabulary(config, [ids, *texts.values()])
 
     # ---- Model ----
     with clock("loading"):
-        model = load_model(args.model, args.dtype, args.device)
-    layers = quantize(model, ids, recipe, args.device, args.walk_batch, clock)
+        model = open_model(args, recipe)
+    layers = quantize(args, model, tokenizer, ids, recipe, protocol["calibration"], clock)
 
     # ---- Numbers ----
     results = evaluate(args, recipe, model, texts, clock)

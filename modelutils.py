@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from operator import itemgetter
 
 import torch
 import transformers
@@ -447,12 +446,22 @@ def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None, 
         yield quantize_or_restore(i, block, x, kwargs, model.config, recipe, batch, clock, store)
 
 
-def quantize(model, ids, recipe, device, walk_batch, clock):
-    """quantize_blocks to the end, printing the output error of every linear as blocks are finished: [Layer] of the whole model."""
+def quantize(model, ids, recipe, device, walk_batch, clock, store=None, writers=()):
+    """quantize_blocks to the end, printing the output error of every linear as blocks are finished: [Layer] of the whole model.
+
+    writers: checkpoint.Writers, which get every block.
+    """
+
+    def write(block):
+        for writer in writers:
+            with clock("writing"):
+                writer.add(block[0][0].block, block[1])
+        return block[0]
+
     layers = []
     if recipe.method == "full":
         return layers
-    for done in map(itemgetter(0), quantize_blocks(model, ids, recipe, device, walk_batch, clock)):
+    for done in map(write, quantize_blocks(model, ids, recipe, device, walk_batch, clock, store)):
         tqdm.write(
             f"block {done[0].block}: output errors  " + "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
         )
@@ -508,7 +517,9 @@ def positive(number):
 
 def add_args(parser, smallest_scale, corpora):
     """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family; corpora: that of --eval."""
-    parser.add_argument("model", metavar="MODEL", help="hub name or local folder with config.json, tokenizer and *.safetensors")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="hub name or local folder with config.json, tokenizer, *.safetensors; --load needs none"
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="full", help="how to quantize (default %(default)s: not at all)")
@@ -555,6 +566,24 @@ def add_args(parser, smallest_scale, corpora):
         "--new-eval", action="store_true", help="ptb-new for ptb and c4-new for c4: GPTQ's later protocols, not the paper's"
     )
 
+    packed = parser.add_argument_group("packed checkpoints")
+    packed.add_argument("--save", metavar="FOLDER", help="write the quantized model, its codes packed, into a new folder")
+    packed.add_argument("--load", metavar="FOLDER", help="evaluate what --save wrote, in place of quantizing")
+    packed.add_argument("--checkpoint_dir", metavar="FOLDER", help="keep finished blocks there, and go on after the last one it has")
+    packed.add_argument(
+        "--export", nargs=2, metavar=("FORMAT", "FOLDER"), help="write the model for others into a new folder; FORMAT: compressed-tensors"
+    )
+    packed.add_argument(
+        "--kernel",
+        choices=("auto", "cuda", "torch"),
+        default="auto",
+        help="with --load: what computes integers; auto (default): cuda on a GPU if its kernels can be built, else torch",
+    )
+    packed.add_argument(
+        "--benchmark", type=positive, metavar="TOKENS", help="decode so many tokens of the first corpus one by one: milliseconds per token"
+    )
+    packed.add_argument("--check", action="store_true", help="with --benchmark: their perplexity too")
+
     run = parser.add_argument_group("run")
     gpu = torch.cuda.is_available()
     run.add_argument("--device", type=device, default="cuda" if gpu else "cpu", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
@@ -570,7 +599,11 @@ def prepare(args, script):
 
     Raises what load_config, make_recipe and load_tokenizer raise.  Fills in args.walk_batch.
     """
+    if args.model is None:
+        raise ValueError("give MODEL, or --load FOLDER")
     config = load_config(args.model, script)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{args.model} is quantized already; give the original, or --load for what --save wrote")
     recipe = make_recipe(args, config.max_position_embeddings)
     args.walk_batch = args.walk_batch or default_walk_batch(config, recipe.seqlen, args.device)
     return config, recipe, load_tokenizer(args.model)

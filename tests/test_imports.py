@@ -15,9 +15,9 @@ READS = {  # a module: those right before it, whose own it may import too
     "awrq": ("gptq",),
     "modelutils": ("awrq", "smoothquant"),
     "evalutils": ("modelutils",),
-    "checkpoint": ("modelutils",),
-    "opt": ("evalutils", "checkpoint", "datautils"),
-    "main": ("evalutils", "checkpoint", "datautils"),
+    "checkpoint": ("evalutils",),
+    "opt": ("checkpoint", "datautils"),
+    "main": ("checkpoint", "datautils"),
 }
 ENTRY_SCRIPTS = {"opt", "main"}
 LIBRARY = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py")])
