@@ -41,8 +41,8 @@ def act_codes(x, bits, per_token=False, lengths=None):
         seen = x
     dims = -1 if per_token else (-2, -1)
     lo, hi = seen.amin(dims, keepdim=True).clamp_(max=0), seen.amax(dims, keepdim=True).clamp_(min=0)
-    scale = (hi - lo) / (2**bits - 1)
-    scale = scale.masked_fill_(scale == 0, 1)
+    scale = (hi - lo) / torch.full_like(hi, 2**bits - 1)  # by a number, PyTorch on a GPU would multiply with the reciprocal
+    scale.masked_fill_(scale == 0, 1)
     zero = torch.round(-lo / scale)
     return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1), scale, zero
 
