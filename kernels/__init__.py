@@ -15,8 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.build import BuildError, load
-
 LAYOUT = 1  # version of the packed layout, see pack_w4; a change of it makes old packed tensors unreadable
 ROWS, COLUMNS = 128, 64  # to multiples of these the packer pads
 MAX_COLUMNS = 65536  # the kernels sum 255 * (16 * 15) in uint32, which takes 70,178 columns; sums of codes stay exact in float32
@@ -43,8 +41,8 @@ def act_codes(x, bits, per_token=False, lengths=None):
         seen = x
     dims = -1 if per_token else (-2, -1)
     lo, hi = seen.amin(dims, keepdim=True).clamp_(max=0), seen.amax(dims, keepdim=True).clamp_(min=0)
-    scale = (hi - lo) / (2**bits - 1)
-    scale = scale.masked_fill_(scale == 0, 1)
+    scale = (hi - lo) / torch.full_like(hi, 2**bits - 1)  # by a number, PyTorch on a GPU would multiply with the reciprocal
+    scale.masked_fill_(scale == 0, 1)
     zero = torch.round(-lo / scale)
     return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1), scale, zero
 
@@ -144,36 +142,37 @@ def w4a8_linear(x, weight, act_bits=8, per_token=False, lengths=None, kernel=Non
     return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, lengths, kernel)
 
 
-def _check(x, packed, scale, zero, colsum, bias, rows, columns, groupsize, layout, act_bits, per_token, lengths, kernel):
+def _check(x, weight, act_bits, lengths, kernel):
     """ValueError for whatever the arithmetic cannot take.  Looks at no data, so a GPU need not be waited for."""
 
     def need(ok, message):
         if not ok:
             raise ValueError(f"w4a8_linear: {message}")
 
-    need(layout == LAYOUT, f"packed layout {layout}, this version reads {LAYOUT}: pack the codes again")
+    rows, columns, groupsize = weight.rows, weight.columns, weight.groupsize
+    need(weight.layout == LAYOUT, f"packed layout {weight.layout}, this version reads {LAYOUT}: pack the codes again")
     need(x.dtype in DTYPES, f"x is {x.dtype}, must be float16, bfloat16 or float32")
     need(x.dim() == 3 and x.shape[2] == columns, f"x {tuple(x.shape)}: must be (B, T, {columns})")
+    need(x.numel() > 0, f"x {tuple(x.shape)}: is empty")
     need(2 <= act_bits <= 8, f"act_bits {act_bits}: must be 2 to 8")
     need(0 < columns <= MAX_COLUMNS and rows > 0, f"weight of {rows} rows and {columns} columns: at least 1, at most {MAX_COLUMNS} columns")
     need(0 < groupsize <= columns, f"groupsize {groupsize}: must be 1 to {columns}")
     padded, groups = _padded(rows, ROWS), -(-columns // groupsize)
-    blocks = (padded // 32, _padded(columns, COLUMNS) // 32, 32, 16)
-    for name, tensor, shape, dtype in (
-        ("x", x, tuple(x.shape), x.dtype),
-        ("packed", packed, blocks, torch.uint8),
-        ("scale", scale, (groups, padded), torch.float32),
-        ("zero", zero, (groups, padded), torch.int32),
-        ("colsum", colsum, (groups, padded), torch.int32),
-        ("bias", bias, (padded,), torch.float32),
-        *(
-            (("lengths", lengths, (x.shape[0],), torch.int64 if lengths.dtype == torch.int64 else torch.int32),)
-            if lengths is not None
-            else ()
-        ),
-    ):
+    wanted = {  # shape, types
+        "x": (tuple(x.shape), DTYPES),
+        "packed": ((padded // 32, _padded(columns, COLUMNS) // 32, 32, 16), (torch.uint8,)),
+        "scale": ((groups, padded), (torch.float32,)),
+        "zero": ((groups, padded), (torch.int32,)),
+        "colsum": ((groups, padded), (torch.int32,)),
+        "bias": ((padded,), (torch.float32,)),
+        "lengths": ((x.shape[0],), (torch.int32, torch.int64)),
+    }
+    for name, tensor in {"x": x, **weight._asdict(), "lengths": lengths}.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        shape, types = wanted[name]
         need(tuple(tensor.shape) == shape, f"{name} {tuple(tensor.shape)}: must be {shape}")
-        need(tensor.dtype == dtype, f"{name} is {tensor.dtype}, must be {dtype}")
+        need(tensor.dtype in types, f"{name} is {tensor.dtype}, must be {' or '.join(map(str, types))}")
         need(tensor.is_contiguous(), f"{name} has strides {tensor.stride()}: must be contiguous")
         need(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
     need(kernel in (None, "cuda", "torch"), f"kernel {kernel}: must be cuda or torch")
@@ -188,24 +187,37 @@ def _exact_matmul(q, w):
         return sum((part @ columns.float().T).int() for part, columns in zip(q.split(4096, -1), w.split(4096, 1), strict=True))
 
 
-def _torch_linear(x, packed, scale, zero, colsum, bias, rows, columns, groupsize, layout, act_bits, per_token, lengths, kernel):
+def _torch_linear(x, *args):
     """The op in PyTorch, on any device: the definition that the kernels are held to."""
-    _check(x, packed, scale, zero, colsum, bias, rows, columns, groupsize, layout, act_bits, per_token, lengths, kernel)
+    weight, act_bits, per_token, lengths, kernel = Weight(*args[:-4]), *args[-4:]
+    _check(x, weight, act_bits, lengths, kernel)
     if kernel == "cuda" and x.device.type != "cuda":
         raise ValueError(f"w4a8_linear: kernel cuda, but x is on {x.device}")
+    rows = weight.rows
     q, x_scale, x_zero = act_codes(x, act_bits, per_token, lengths)
-    w, x_zero = unpack_w4(packed)[:rows, :columns], x_zero.int()
+    w, x_zero = unpack_w4(weight.packed)[:rows, : weight.columns], x_zero.int()
     y = torch.zeros(*x.shape[:2], rows, device=x.device)
-    parts = zip(q.split(groupsize, 2), w.split(groupsize, 1), scale[:, :rows], zero[:, :rows], colsum[:, :rows], strict=True)
-    for q_g, w_g, scale_g, zero_g, colsum_g in parts:
-        exact = _exact_matmul(q_g, w_g) - zero_g * q_g.sum(-1, keepdim=True).int() - x_zero * colsum_g
-        y += exact.float() * scale_g
-    return (y * x_scale + bias[:rows]).to(x.dtype)
+    groups = (p[:, :rows] for p in (weight.scale, weight.zero, weight.colsum))
+    for q_g, w_g, scale, zero, colsum in zip(q.split(weight.groupsize, 2), w.split(weight.groupsize, 1), *groups, strict=True):
+        exact = _exact_matmul(q_g, w_g) - zero * q_g.sum(-1, keepdim=True).int() - x_zero * colsum
+        y += exact.float() * scale
+    return (y * x_scale + weight.bias[:rows]).to(x.dtype)
 
 
-def _fake_linear(x, packed, scale, zero, colsum, bias, rows, *settings):
-    _check(x, packed, scale, zero, colsum, bias, rows, *settings)
-    return x.new_empty(*x.shape[:2], rows)
+def _cuda_linear(x, *args):
+    weight, act_bits, per_token, lengths, kernel = Weight(*args[:-4]), *args[-4:]
+    if kernel == "torch":
+        return _torch_linear(x, *args)
+    _check(x, weight, act_bits, lengths, kernel)
+    from kernels import cuda
+
+    return cuda.linear(x, weight, act_bits, per_token, lengths)
+
+
+def _fake_linear(x, *args):
+    weight, act_bits, _, lengths, kernel = Weight(*args[:-4]), *args[-4:]
+    _check(x, weight, act_bits, lengths, kernel)
+    return x.new_empty(*x.shape[:2], weight.rows)
 
 
 def select(kind, device):
@@ -218,14 +230,15 @@ def select(kind, device):
         return "torch", torch_line
     if device.type != "cuda":
         raise ValueError(f"--kernel cuda: needs an NVIDIA GPU, not --device {device}; choose torch or auto")
-    arch = "{}{}".format(*torch.cuda.get_device_capability(device))
+    from kernels import build, cuda  # not at the top, where `python -m kernels.build` would import itself first
+
     try:
-        load(arch)
-    except BuildError as e:
+        cuda.library(device)
+    except build.BuildError as e:
         if kind == "cuda":
             raise ValueError(f"--kernel cuda: {e}") from e
         return "torch", f"{torch_line}, slowly, as the CUDA kernels are not there: {e}"
-    return "cuda", f"kernel: cuda, sm_{arch}, on {torch.cuda.get_device_name(device)}"
+    return "cuda", f"kernel: cuda, on {torch.cuda.get_device_name(device)}"
 
 
 # Library.define and impl, which cost a decoding step a quarter of what torch.library.custom_op does.
@@ -235,4 +248,5 @@ _library.define(
     "int layout, int act_bits, bool per_token, Tensor? lengths, str? kernel) -> Tensor"
 )
 _library.impl("w4a8_linear", _torch_linear, "CPU")
+_library.impl("w4a8_linear", _cuda_linear, "CUDA")
 torch.library.register_fake("awrq::w4a8_linear", _fake_linear, lib=_library)

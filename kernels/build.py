@@ -1,13 +1,11 @@
 """Compile the CUDA kernels with nvcc, once: python -m kernels.build [--arch 80,90]
 
 The library lands in the user's cache under a hash of sources, flags and nvcc's version.  It needs neither PyTorch's headers nor its ABI.
-`load` builds on first use; an import builds nothing.
+cuda.py builds on first use; an import builds nothing.
 """
 
 import argparse
-import ctypes
 import fcntl
-import functools
 import hashlib
 import os
 import shutil
@@ -81,16 +79,6 @@ def _reason(stderr):
     """The line of nvcc's output that says what is wrong."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it said nothing"]
     return next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
-
-
-@functools.cache
-def load(arch):
-    """The library for an architecture, built if need be, as ctypes sees it.  Raises BuildError."""
-    path = build(arch)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as e:
-        raise BuildError(f"{path} cannot be loaded ({e}): delete it") from e
 
 
 def main(args):

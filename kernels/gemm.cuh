@@ -97,6 +97,16 @@ struct Tile {
   static constexpr int SHARED_BYTES = OUTPUT_BYTES > STAGES * STAGE_BYTES ? OUTPUT_BYTES : STAGES * STAGE_BYTES;
 };
 
+// f(0), ..., f(COUNT - 1), by the threads of a block, unrolled.
+template <int COUNT, int THREADS, class F>
+DEVICE void share_out(F f) {
+  #pragma unroll
+  for (int round = 0; round < (COUNT + THREADS - 1) / THREADS; ++round) {
+    int i = round * THREADS + static_cast<int>(threadIdx.x);
+    if (COUNT % THREADS == 0 || i < COUNT) f(i);
+  }
+}
+
 // A stage of x: 64-byte rows in chunks of 16.  Eight rows at one chunk, as ldmatrix reads them, shall lie in different banks.
 DEVICE int x_offset(int m, int chunk) { return m * 64 + ((chunk ^ ((m >> 1) & 3)) << 4); }
 
@@ -160,27 +170,25 @@ __global__ void __launch_bounds__(Tl::THREADS, Tl::BLOCKS) tile_kernel(Problem p
   auto ends_group = [&](int kb) { return kb % per_group == per_group - 1 || kb == blocks - 1; };
   auto load = [&](int stage, int kb) {
     uint8_t* to = shared + stage * Tl::STAGE_BYTES;
-    #pragma unroll
-    for (int i = threadIdx.x; i < Tl::WEIGHT_BYTES / 16; i += Tl::THREADS) {  // 64 vectors for 32 rows
+    share_out<Tl::WEIGHT_BYTES / 16, Tl::THREADS>([&](int i) {  // 64 vectors for 32 rows
       cp_async_16(to + 16 * i, weight + (i / 64 * p.Kp + 64 * kb + i % 64));
-    }
+    });
     to += Tl::WEIGHT_BYTES;
-    #pragma unroll
-    for (int i = threadIdx.x; i < Tl::X_BYTES / 16; i += Tl::THREADS) {
+    share_out<Tl::X_BYTES / 16, Tl::THREADS>([&](int i) {
       int m = i / 4, chunk = i % 4;
       cp_async_16(to + x_offset(m, chunk), codes + (min(m, rows - 1) * p.Kp + kb * Tl::BK + 16 * chunk), m < rows);
-    }
+    });
     to += Tl::X_BYTES;
     if (Tl::GROUPED && ends_group(kb)) {
       size_t group = kb / per_group;
-      for (int i = threadIdx.x; i < (3 * Tl::BN + Tl::BM) / 4; i += Tl::THREADS) {
+      share_out<(3 * Tl::BN + Tl::BM) / 4, Tl::THREADS>([&](int i) {
         int which = i / (Tl::BN / 4), j = 4 * (i % (Tl::BN / 4));
         const void* from = which == 0   ? static_cast<const void*>(p.scale + group * p.Np + n0 + j)
                            : which == 1 ? static_cast<const void*>(p.zero + group * p.Np + n0 + j)
                            : which == 2 ? static_cast<const void*>(p.colsum + group * p.Np + n0 + j)
                                         : static_cast<const void*>(p.x.sums + group * p.x.pitch + m0 + j);
         cp_async_16(to + 16 * i, from);
-      }
+      });
     }
   };
 

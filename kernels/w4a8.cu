@@ -33,7 +33,8 @@ template <bool G> using Tile64 = Tile<128, 64, 32, 64, 4, G>;
 template <bool G> using Tile128 = Tile<128, 128, 64, 32, 4, G>;
 template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 
-constexpr int kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64, kMaxFusedBytes = 64 * 1024;
+constexpr int kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;
+constexpr int kMaxShared = 99 * 1024;  // bytes that a block has on every GPU of compute capability 8.x
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -41,6 +42,7 @@ static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * 
 struct Plan {  // everything that follows from a call
   int M, Np, Kp, Mp, groups, groupsize, bn, bm, tiles, values;
   bool grouped, decode, fused;
+  int decode_bytes;             // shared memory of the decoding kernel
   int range_parts, range_rows;  // first pass over x; no parts: rows have ranges of their own
   int64_t codes, sums, x_scale, x_zero, ranges, slabs, tickets, bytes;  // offsets in the workspace
 
@@ -52,6 +54,8 @@ struct Plan {  // everything that follows from a call
     bm = decode ? (M <= 8 ? 8 : 16) : c.config == k128x16 ? 16 : c.config == k128x32 ? 32 : c.config == k128x64 ? 64 : 128;
     values = bn * bm;
     tiles = ((c.N + bn - 1) / bn) * ((M + bm - 1) / bm);
+    decode_bytes = M <= 8 ? fused ? Decode<8, true, false>::shared_bytes(M, Kp, groups) : Decode<8, false, false>::shared_bytes(M, Kp, groups)
+                   : fused ? Decode<16, true, false>::shared_bytes(M, Kp, groups) : Decode<16, false, false>::shared_bytes(M, Kp, groups);
     range_rows = (M + kRangeParts - 1) / kRangeParts;
     range_parts = c.per_token || (c.T == 1 && !c.lengths) ? 0 : (c.T + range_rows - 1) / range_rows;
     bytes = 0;
@@ -77,7 +81,7 @@ struct Plan {  // everything that follows from a call
   X(kBadLevels, "act_bits must be 2 to 8") \
   X(kBadConfig, "no such kernel configuration") \
   X(kDecodeRows, "this configuration takes at most 16 tokens") \
-  X(kFusedBytes, "this configuration keeps all codes of x in 64 KiB of shared memory, which do not fit") \
+  X(kFusedBytes, "this configuration keeps all codes of x in shared memory, 99 KiB at most") \
   X(kFusedSplits, "this configuration does not split the columns") \
   X(kBadTile, "this configuration needs padded rows that are a multiple of 256, and one scale for a whole row") \
   X(kBadSplits, "splits must be 1 to 64, and at most the groups of a row") \
@@ -102,7 +106,7 @@ static int check_shape(const Call& c) {
   if (c.config < 0 || c.config >= kConfigs) return refuse(kBadConfig);
   Plan p(c);
   if (p.decode && p.M > 16) return refuse(kDecodeRows);
-  if (p.fused && p.M * (p.Kp + 16) > kMaxFusedBytes) return refuse(kFusedBytes);
+  if (p.decode && p.decode_bytes > kMaxShared) return refuse(kFusedBytes);
   if (p.fused && c.splits != 1) return refuse(kFusedSplits);
   if (c.config == k256x128 && (p.Np % 256 || p.grouped)) return refuse(kBadTile);
   if (c.splits < 1 || c.splits > kMaxSplits || c.splits > (p.grouped ? p.groups : p.Kp / 64)) return refuse(kBadSplits);
@@ -136,7 +140,7 @@ static int tile(const Call& c, const Plan& p, const Problem& problem) {
 
 template <class D>
 static int decode(const Call& c, const Plan& p, const Problem& problem, const Activations& a) {
-  return launch(decode_kernel<D>, p.tiles, c.splits, D::THREADS, D::shared_bytes(p.M, p.Kp, p.groups), c.stream, problem, a);
+  return launch(decode_kernel<D>, p.tiles, c.splits, D::THREADS, p.decode_bytes, c.stream, problem, a);
 }
 
 template <bool GROUPED>

@@ -1,0 +1,154 @@
+"""The CUDA implementation of the op: which kernel for which shape, and the call through ctypes."""
+
+import ctypes
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from kernels.build import BuildError, build
+
+TUNING = Path(__file__).parent / "tuning.json"
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # Type of quantize.cuh
+CONFIGS = {  # in the order of Config of w4a8.cu: rows of the weight and tokens of one block
+    "decode_fused": (32, 16),
+    "decode": (32, 16),
+    "128x16": (128, 16),
+    "128x32": (128, 32),
+    "128x64": (128, 64),
+    "128x128": (128, 128),
+    "256x128": (256, 128),
+}
+CONFIG_NUMBERS = {name: number for number, name in enumerate(CONFIGS)}
+MAX_SPLITS = 64
+COLUMNS_PER_SPLIT = 512  # fewer are not worth the sum over splits
+
+
+class Call(ctypes.Structure):
+    """Call of w4a8.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ["x", "lengths", "weight", "scale", "zero", "colsum", "bias", "y", "workspace", "stream"]),
+        ("workspace_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "config", "splits"]),
+    ]
+
+
+def bind(path):
+    """The library at a path, its functions typed.  Raises BuildError if it cannot be used."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise BuildError(f"{path} cannot be loaded ({e}): delete it") from e
+    library.awrq_workspace.restype = ctypes.c_int64
+    library.awrq_error.restype = ctypes.c_char_p
+    if library.awrq_call_bytes() != ctypes.sizeof(Call):
+        raise BuildError(f"{path}: made from other sources than these, delete it")
+    return library
+
+
+@functools.cache
+def library(device):
+    """The library for a GPU, built on first use.  Raises BuildError."""
+    return bind(build("{}{}".format(*torch.cuda.get_device_capability(device))))
+
+
+# ---------------------------------------------------------------------------
+# Which kernel
+
+
+@functools.cache
+def tables():
+    """tuning.json: {GPU name or "default": table}."""
+    return json.loads(TUNING.read_text())
+
+
+def cell(rows, columns, groupsize):
+    """The key of a layer's shape in a measured table."""
+    return f"{rows}x{columns}" + (f"g{groupsize}" if groupsize < columns else "")
+
+
+def splits(config, tokens, rows, columns, groupsize, blocks):
+    """How many blocks should share the columns of a tile, so that there are about `blocks` of them."""
+    if config == "decode_fused":
+        return 1
+    n, m = CONFIGS[config]
+    units = -(-columns // (groupsize if groupsize < columns else 64))  # the kernels divide no group
+    return max(1, min(-(-blocks // (-(-rows // n) * -(-tokens // m))), columns // COLUMNS_PER_SPLIT, units, MAX_SPLITS))
+
+
+def choose(library, gpu, processors, tokens, rows, columns, groupsize):
+    """(config, splits) for a shape on a GPU with so many multiprocessors: as measured, else by the default rules."""
+    measured = tables().get(gpu, {}).get("cells", {}).get(cell(rows, columns, groupsize), ())
+    for most, config, parts in measured:
+        if tokens <= most:
+            return config, parts
+    for rule in tables()["default"]["rules"]:
+        if tokens <= rule.get("tokens", tokens) and tokens * columns <= rule.get("elements", tokens * columns):
+            parts = splits(rule["config"], tokens, rows, columns, groupsize, rule["blocks_per_processor"] * processors)
+            if takes(library, rule["config"], parts, tokens, rows, columns, groupsize):
+                return rule["config"], parts
+    raise ValueError(f"no kernel takes {tokens} tokens of {columns} columns with groupsize {groupsize}")
+
+
+def takes(library, config, parts, tokens, rows, columns, groupsize):
+    """Whether the kernels accept a configuration for a shape."""
+    call = Call(B=1, T=tokens, K=columns, N=rows, groupsize=groupsize, levels=255, config=CONFIG_NUMBERS[config], splits=parts)
+    return library.awrq_workspace(ctypes.byref(call)) >= 0
+
+
+@functools.lru_cache(maxsize=4096)
+def dispatch(device, tokens, rows, columns, groupsize):
+    properties = torch.cuda.get_device_properties(device)
+    return choose(library(device), properties.name, properties.multi_processor_count, tokens, rows, columns, groupsize)
+
+
+# ---------------------------------------------------------------------------
+# The call
+
+
+def launch(library, x, y, weight, act_bits, per_token, lengths, config, parts, stream, empty):
+    """y (B, T, R) from x (B, T, C) by one configuration.  stream: its address.  empty(bytes): memory for the way, of any contents.
+
+    Raises ValueError for what the kernels refuse, RuntimeError for an error of CUDA.
+    """
+    call = Call(
+        x.data_ptr(), None if lengths is None else lengths.data_ptr(), *(p.data_ptr() for p in weight[:5]), y.data_ptr(), None, stream, 0,
+        TYPES[x.dtype], x.shape[0], x.shape[1], weight.columns, weight.rows, weight.groupsize, 2**act_bits - 1, per_token,
+        CONFIG_NUMBERS[config], parts,
+    )  # fmt: skip
+    call.workspace_bytes = library.awrq_workspace(ctypes.byref(call))
+    code = call.workspace_bytes
+    if code >= 0:
+        workspace = empty(call.workspace_bytes)
+        call.workspace = workspace.data_ptr()
+        code = library.awrq_linear(ctypes.byref(call))
+    if code:
+        error = library.awrq_error(code).decode()
+        where = f"w4a8_linear: x {tuple(x.shape)}, weight ({weight.rows}, {weight.columns}), groupsize {weight.groupsize}, {config}"
+        raise ValueError(f"{where}: {error}") if code < 0 else RuntimeError(f"{where}: CUDA: {error}")
+    return y
+
+
+def linear(x, weight, act_bits, per_token, lengths):
+    """The op on a GPU, on its current stream, for checked arguments."""
+    if weight.groupsize < weight.columns and (weight.groupsize % 64 or weight.groupsize > 1024):
+        raise ValueError(
+            f"w4a8_linear: groupsize {weight.groupsize}: the CUDA kernels take multiples of 64 up to 1024, or a whole row; use kernel torch"
+        )
+    config, parts = dispatch(x.device, x.shape[0] * x.shape[1], weight.rows, weight.columns, weight.groupsize)
+    with torch.cuda.device(x.device):
+        return launch(
+            library(x.device),
+            x,
+            x.new_empty(*x.shape[:2], weight.rows),
+            weight,
+            act_bits,
+            per_token,
+            None if lengths is None else lengths.int(),
+            config,
+            parts,
+            torch.cuda.current_stream().cuda_stream,
+            lambda n: torch.empty(n, dtype=torch.uint8, device=x.device),
+        )
