@@ -12,6 +12,7 @@ import weakref
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import reference
@@ -25,11 +26,13 @@ from torch import nn
 import modelutils
 import opt
 import quant
+from datautils import eval_tokens
 from evalutils import perplexity
 from modelutils import FAMILIES, METHODS, Clock, decoder_blocks, make_recipe, quantize, quantize_blocks, record_inputs, run_block
 from quant import QuantLinear, Recipe
 
 IDS = token_ids(5, 48)
+GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
 ROUNDING = [name for name, method in METHODS.items() if method.weights]
 LEARNING = [name for name, method in METHODS.items() if method.stats]
 QUANTIZING = [name for name, method in METHODS.items() if method.weights or True in method.acts]
@@ -755,6 +758,20 @@ def test_the_first_token_is_not_put_twice(bpe):
     modelutils.load_tokenizer(folder).save_pretrained(folder)
     assert "TemplateProcessing" in (folder / "tokenizer.json").read_text()
     assert modelutils.load_tokenizer(folder)("word1")["input_ids"].count(2) == 1
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="no ../shared with GPT-2's vocabulary, which OPT renumbers")
+def test_wikitext2_has_as_many_tokens_as_everybody_says(tmp_path):
+    """287,645 with OPT's tokenizer: GPT-2's 287,644, and </s> before them."""
+    words = [word for word in json.loads((GPT2 / "vocab.json").read_text()) if word != "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    shutil.copy(GPT2 / "merges.txt", tmp_path)
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    ids, _ = eval_tokens("wikitext2", modelutils.load_tokenizer(tmp_path), 2048, GPT2.parents[1])
+    assert len(ids) == 287_645 and ids[0] == vocab["</s>"]
 
 
 @pytest.mark.parametrize("gone", [["tokenizer.json", "tokenizer_config.json"], ["tokenizer.json"]])
