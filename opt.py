@@ -6,6 +6,7 @@ python opt.py demo/opt --data_dir demo/data --calib_data world --eval world --wb
 """
 
 import argparse
+from functools import partial
 
 from datautils import load_text
 from evalutils import evaluate, plan, publish, report
@@ -15,7 +16,7 @@ from modelutils import Clock, Parser, add_args, check_vocabulary, load_model, pr
 def main(args):
     # ---- What can be wrong is found before any long work ----
     config, recipe, tokenizer = prepare(args, "opt.py")
-    corpora = plan(args)
+    corpora, tasks = plan(args, config, tokenizer)
     clock = Clock(args.device)
     with clock("text"):
         ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir)
@@ -24,11 +25,12 @@ def main(args):
     # ---- Model ----
     with clock("loading"):
         model = load_model(args.model, args.dtype, args.device)
+    measure = partial(evaluate, args, recipe, model, tokenizer, texts, tasks, clock)
+    full = measure() if args.compare_full else None
     layers = quantize(model, ids, recipe, args.device, args.walk_batch, clock)
 
     # ---- Numbers ----
-    results = evaluate(args, recipe, model, texts, clock)
-    publish(args, report(args, recipe, model, protocol, results, layers, clock))
+    publish(args, report(args, recipe, model, protocol, tasks, measure(), full, layers, clock))
 
 
 def parser():
