@@ -568,7 +568,7 @@ def prepare(args, script):
 
 
 def prepare_packed(args, script):
-    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"act_quant", "save", "checkpoint_dir"}
+    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"act_quant", "save", "checkpoint_dir", "compare_full"}
     for flag in args.changed:
         if flag in fixed:
             flag = flag.replace("true_", "true-")

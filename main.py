@@ -1,9 +1,12 @@
-"""Quantize a LLaMA, Mistral or Qwen model block by block and evaluate it.
+"""Quantize a LLaMA, Mistral or Qwen model block by block and evaluate zero-shot tasks of lm-evaluation-harness.
 
-python main.py meta-llama/Llama-2-7b --eval wikitext2 --wbits 4 --act_bits 8 --method awrq --smooth --alpha 0.50 --min 0.01
+python main.py meta-llama/Llama-2-7b --tasks piqa,arc_easy,boolq,copa --table_results --method full
+python main.py meta-llama/Llama-2-7b --calib_data c4 --tasks piqa,copa --table_results --wbits 4 --act_bits 8 --method awrq --smooth
+python main.py demo/llama --data_dir demo/data --calib_data world --eval world --tasks demo/tasks/world_who.yaml --wbits 4 --method awrq
 """
 
 import argparse
+from functools import partial
 
 from checkpoint import open_model, prepare, quantize
 from datautils import load_text
@@ -14,7 +17,7 @@ from modelutils import Clock, Parser, add_args, check_vocabulary
 def main(args):
     # ---- What can be wrong is found before any long work ----
     config, recipe, tokenizer, calibration = prepare(args, "main.py")
-    corpora = plan(args)
+    corpora, tasks = plan(args, config, tokenizer)
     clock = Clock(args.device)
     with clock("text"):
         ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, calibration)
@@ -23,11 +26,12 @@ def main(args):
     # ---- Model ----
     with clock("loading"):
         model = open_model(args, recipe)
+    measure = partial(evaluate, args, recipe, model, tokenizer, texts, tasks, clock)
+    full = measure() if args.compare_full else None
     layers = quantize(args, model, tokenizer, ids, recipe, protocol["calibration"], clock)
 
     # ---- Numbers ----
-    results = evaluate(args, recipe, model, texts, clock)
-    publish(args, report(args, recipe, model, protocol, results, layers, clock))
+    publish(args, report(args, recipe, model, protocol, tasks, measure(), full, layers, clock))
 
 
 def parser():

@@ -1,6 +1,8 @@
 """Walking a decoder block by block: which linears read what, what a method needs, capture, smoothing, rounding, propagation."""
 
 import argparse
+import logging
+import math
 import os
 import re
 import sys
@@ -21,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 import awrq
 import gptq
 import quant
-from quant import Batch, Grid, QuantLinear, Recipe, from_int
+from quant import Batch, Grid, IntLinear, QuantLinear, Recipe, from_int
 from smoothquant import AbsMax, fold, smooth_scale
 
 # ---------------------------------------------------------------------------
@@ -236,11 +238,11 @@ def decoder_blocks(model):
 
 
 @contextmanager
-def only_first_block(model):
-    """Shorten the model to its first block; the others stay where they are."""
+def shortened(model, n):
+    """Shorten the model to its first n blocks; the others stay where they are."""
     path, _, name = FAMILIES[model.config.model_type].blocks.rpartition(".")
     parent, blocks = model.get_submodule(path), decoder_blocks(model)
-    setattr(parent, name, blocks[:1])
+    setattr(parent, name, blocks[:n])
     try:
         yield
     finally:
@@ -261,7 +263,7 @@ def record_inputs(model, batches, device):
         inputs.append(args[0])
         kwargs[args[0].shape[:2]] = kw
 
-    with only_first_block(model):
+    with shortened(model, 1):
         model.to(device)
         handle = decoder_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)
         for ids in batches:
@@ -301,6 +303,72 @@ def walk(model, device, desc):
     for i, block in enumerate(tqdm(decoder_blocks(model), desc=desc, unit="block", leave=False)):
         yield i, block.to(device)
         block.to("cpu")
+
+
+@contextmanager
+def padded(model, real):
+    """Tell the quantized linears of a model which tokens of its next batches are no padding: real (B, T) bool, or None for all."""
+    batches = {module.batch for module in model.modules() if isinstance(module, QuantLinear | IntLinear)}
+    for batch in batches:
+        batch.real = None if real is None or real.all() else real
+    try:
+        yield
+    finally:
+        for batch in batches:
+            batch.real = None
+
+
+@contextmanager
+def placed(model, device, memory=None):
+    """The whole model on the device, ready for model(ids), and back in host memory afterwards.
+
+    memory: bytes that it may take there; by default three quarters of what is free on a GPU, and no limit on a CPU.  Blocks beyond that
+    stay in host memory, and each is copied to the device for the time that it runs.
+    """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if torch.device(device).type == "cuda" else math.inf
+    blocks = decoder_blocks(model)
+    with shortened(model, 0):
+        fit = (memory - _bytes(model)) / _bytes(blocks[0])
+    fit = len(blocks) if fit >= len(blocks) else max(0, int(fit) - 1)  # one place is for those that pass through
+    with shortened(model, fit):
+        model.to(device)
+    handles, drops = [], []
+    for block in blocks[fit:]:
+        fetch, drop = _visits(block, device)
+        handles += block.register_forward_pre_hook(fetch), block.register_forward_hook(drop)
+        drops.append(drop)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for drop in drops:
+            drop()
+        model.to("cpu")
+
+
+def _tensors(module):
+    return *module.parameters(), *module.buffers()
+
+
+def _bytes(module):
+    return sum(tensor.nbytes for tensor in _tensors(module))
+
+
+def _visits(block, device):
+    """Two hooks: one copies the tensors of a block to the device, the other puts those in host memory back in their place."""
+    home = [(tensor, tensor.data) for tensor in _tensors(block)]
+
+    def fetch(*_):
+        for tensor, data in home:
+            tensor.data = data.to(device)
+
+    def drop(*_):
+        for tensor, data in home:
+            tensor.data = data
+
+    return fetch, drop
 
 
 def propagate(block, x, kwargs, name):
@@ -491,6 +559,7 @@ class Parser(argparse.ArgumentParser):
     def run(self, main):
         """main(args); what it raises about bad input, or about NaN met on the way, becomes such a line."""
         transformers.logging.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
             main(self.parse_args())
@@ -513,6 +582,26 @@ def positive(number):
     if int(number) < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
     return int(number)
+
+
+def whole(number):
+    """A whole number of at least 0."""
+    if int(number) < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return int(number)
+
+
+def batch_size(number):
+    """A whole number of at least 1, or "auto"."""
+    return number if number == "auto" else positive(number)
+
+
+def share(number):
+    """A number of items, or a share of them between 0 and 1."""
+    value = float(number)
+    if not (0 < value < 1 or value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{number}: must be a whole number of items, or a share between 0 and 1")
+    return value if value < 1 else int(value)
 
 
 def add_args(parser, smallest_scale, corpora):
@@ -565,6 +654,17 @@ def add_args(parser, smallest_scale, corpora):
     evaluation.add_argument(
         "--new-eval", action="store_true", help="ptb-new for ptb and c4-new for c4: GPTQ's later protocols, not the paper's"
     )
+
+    tasks = parser.add_argument_group("tasks (lm-evaluation-harness)")
+    tasks.add_argument("--tasks", metavar="NAMES", help="comma list, wildcards or YAML files of lm-eval; storycloze is storycloze_2018")
+    tasks.add_argument("--num_fewshot", type=whole, metavar="N", help="examples before each item (default: as the task says, else 0)")
+    tasks.add_argument(
+        "--batch_size", type=batch_size, default=1, metavar="N", help="items run together, or auto (default 1); changes no result"
+    )
+    tasks.add_argument("--limit", type=share, metavar="N", help="items per task, the first ones; below 1 a share of them (default: all)")
+    tasks.add_argument("--skip_missing", action="store_true", help="leave out tasks whose data is not there")
+    tasks.add_argument("--table_results", action="store_true", help="print the tasks as a Markdown table (default: as JSON)")
+    tasks.add_argument("--compare_full", action="store_true", help="evaluate the unquantized model too, corpora and tasks, in the same run")
 
     packed = parser.add_argument_group("packed checkpoints")
     packed.add_argument("--save", metavar="FOLDER", help="write the quantized model, its codes packed, into a new folder")

@@ -6,6 +6,7 @@ python opt.py demo/opt --data_dir demo/data --calib_data world --eval world --wb
 """
 
 import argparse
+from functools import partial
 
 from checkpoint import open_model, prepare, quantize
 from datautils import load_text
@@ -16,7 +17,7 @@ from modelutils import Clock, Parser, add_args, check_vocabulary
 def main(args):
     # ---- What can be wrong is found before any long work ----
     config, recipe, tokenizer, calibration = prepare(args, "opt.py")
-    corpora = plan(args)
+    corpora, tasks = plan(args, config, tokenizer)
     clock = Clock(args.device)
     with clock("text"):
         ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, calibration)
@@ -25,11 +26,12 @@ def main(args):
     # ---- Model ----
     with clock("loading"):
         model = open_model(args, recipe)
+    measure = partial(evaluate, args, recipe, model, tokenizer, texts, tasks, clock)
+    full = measure() if args.compare_full else None
     layers = quantize(args, model, tokenizer, ids, recipe, protocol["calibration"], clock)
 
     # ---- Numbers ----
-    results = evaluate(args, recipe, model, texts, clock)
-    publish(args, report(args, recipe, model, protocol, results, layers, clock))
+    publish(args, report(args, recipe, model, protocol, tasks, measure(), full, layers, clock))
 
 
 def parser():

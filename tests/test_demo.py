@@ -72,22 +72,22 @@ PLACE = r"((?:in|on|by) the \w+)"
     "task, fact, question",
     [
         ("world_who", rf"gave {THING} to (\w+)\.", rf"In the end {THING} was with$"),
-        ("world_where", rf"(?:put|left|hid) {THING}(?: down)? {PLACE}\.", rf"In the end you could find {THING}$"),
-        ("world_where", rf"looked for {THING} and found it {PLACE}\.", rf"In the end you could find {THING}$"),
-        ("world_why", r"(\w+) was (?:brave|timid) (?:and|but) (?:liked|loved) (\w+?)s?\.", r"(\w+) was hungry and ate$"),
+        ("world_where", rf"(?:put|left|hid) {THING}(?: down)? {PLACE}\.", rf"In the end {THING} was$"),
+        ("world_where", rf"looked for {THING} and found it {PLACE}\.", rf"In the end {THING} was$"),
+        ("world_why", r"(\w+) liked (\w+)s\.", r"They were hungry\. (\w+)$"),
     ],
 )
 def test_a_simple_reader_finds_the_same_answers(task, fact, question):
     """Where the last sentence about a thing, or any about a person's liking, says it outright, a regular expression finds the same."""
     n_read = 0
     for row in islice(world.items(task, world.SEED), 4 * world.N_ITEMS):  # the first of these are the committed ones
-        sentences = re.split(r"(?<=[.?]) ", row["context"])
-        asked = re.search(question, sentences.pop())
+        *sentences, _ = re.split(r"(?<=[.?]) ", row["context"])
+        asked = re.search(question, row["context"])
         about = [re.search(fact, sentence) for sentence in sentences if asked and asked[1] in re.findall(r"\w+", sentence)]
         read = [found for found in about if found and found[1] == asked[1]]
         if read and (read[-1] is about[-1] or task == "world_why"):
             n_read += 1
-            assert read[-1][2].replace("cherrie", "cherry") in row["choices"][row["answer"]], row
+            assert read[-1][2] in row["choices"][row["answer"]], row
     assert n_read >= 10, f"{n_read=}"
 
 
@@ -116,7 +116,7 @@ def test_model_knows_the_world(family):
     model, tokenizer = load(family)
     ids = tokenizer("\n\n".join(lines("data/world/test.txt")), return_tensors="pt", verbose=False).input_ids[0]
     counts = ids.bincount().float() / len(ids)
-    unigram = -(counts[counts > 0].log() * counts[counts > 0]).sum().exp().item()
+    unigram = math.exp(-torch.special.xlogy(counts, counts).sum().item())
     windows = ids[: 24 * train.SEQLEN].view(-1, train.SEQLEN)
     with torch.no_grad():
         perplexity = math.exp(train.loss_of(model, windows).item())

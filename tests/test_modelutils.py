@@ -12,6 +12,7 @@ import weakref
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import reference
@@ -25,11 +26,13 @@ from torch import nn
 import modelutils
 import opt
 import quant
+from datautils import eval_tokens
 from evalutils import perplexity
 from modelutils import FAMILIES, METHODS, Clock, decoder_blocks, make_recipe, quantize, quantize_blocks, record_inputs, run_block
 from quant import QuantLinear, Recipe
 
 IDS = token_ids(5, 48)
+GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
 ROUNDING = [name for name, method in METHODS.items() if method.weights]
 LEARNING = [name for name, method in METHODS.items() if method.stats]
 QUANTIZING = [name for name, method in METHODS.items() if method.weights or True in method.acts]
@@ -246,6 +249,17 @@ def by_hand(model, ids, recipe, codes_to_use=None):
     ("model", "recipe"), BY_HAND, indirect=["model"], ids=lambda x: "-".join(x) if isinstance(x, tuple) else describe(x)
 )
 def test_every_method_equals_the_same_done_by_hand(model, recipe):
+    """An activation halfway between two codes may go one way in float32 and the other in float64, and then all that follows with it;
+    moving the weights a little moves such a tie elsewhere."""
+    if far_from_by_hand(model, recipe):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        assert not far_from_by_hand(model, recipe)
+
+
+def far_from_by_hand(model, recipe):
+    """Falsy, or by how much the logits differ.  Codes and layer errors must agree in any case."""
     full, quantized = logits(model), deepcopy(model)
     layers, codes = run(quantized, recipe)
     hand, hand_codes, hand_errors = by_hand(model, IDS, recipe, codes)
@@ -261,8 +275,8 @@ def test_every_method_equals_the_same_done_by_hand(model, recipe):
         assert layer.error == pytest.approx(hand_errors[layer.block, layer.name], rel=0.02, abs=1e-9), layer
 
     # All sequences at once, where by hand they go one by one: the activation scales must be per sequence.
-    loss = distance(expected, full)
-    assert distance(logits(quantized), expected) <= 0.1 * loss + 1e-5 * full.norm().item(), f"quantization itself costs {loss:.3g}"
+    far, loss = distance(logits(quantized), expected), distance(expected, full)
+    return far > 0.05 * loss + 1e-5 * full.norm().item() and f"{far:.3g}, and quantization itself costs {loss:.3g}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=describe)
@@ -765,6 +779,20 @@ def test_the_first_token_is_not_put_twice(bpe):
     modelutils.load_tokenizer(folder).save_pretrained(folder)
     assert "TemplateProcessing" in (folder / "tokenizer.json").read_text()
     assert modelutils.load_tokenizer(folder)("word1")["input_ids"].count(2) == 1
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="no ../shared with GPT-2's vocabulary, which OPT renumbers")
+def test_wikitext2_has_as_many_tokens_as_everybody_says(tmp_path):
+    """287,645 with OPT's tokenizer: GPT-2's 287,644, and </s> before them."""
+    words = [word for word in json.loads((GPT2 / "vocab.json").read_text()) if word != "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    shutil.copy(GPT2 / "merges.txt", tmp_path)
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    ids, _ = eval_tokens("wikitext2", modelutils.load_tokenizer(tmp_path), 2048, GPT2.parents[1])
+    assert len(ids) == 287_645 and ids[0] == vocab["</s>"]
 
 
 @pytest.mark.parametrize("gone", [["tokenizer.json", "tokenizer_config.json"], ["tokenizer.json"]])
