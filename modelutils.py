@@ -1,6 +1,8 @@
 """Walking a decoder block by block: which linears read what, what a method needs, capture, smoothing, rounding, propagation."""
 
 import argparse
+import logging
+import math
 import os
 import re
 import sys
@@ -36,10 +38,12 @@ class Group:
     producer: str  # takes 1/s of a smoothing scale
     linears: tuple[str, ...]
     exact: Callable = lambda config: True  # whether 1/s can go into the producer without changing the function
+    rows: Callable = lambda config: None  # (C,): the row of the producer that each column of the input comes from, if not its own
 
 
 @dataclass(frozen=True)
 class Family:
+    script: str  # the one that takes it
     blocks: str  # the list of decoder blocks
     after: tuple[str, ...]  # from the last block's output to the logits; a module that a model lacks is skipped
     groups: tuple[Group, ...]  # in the order of execution
@@ -50,8 +54,32 @@ def opt_pre_norm(config):
     return config.do_layer_norm_before and config.layer_norm_elementwise_affine
 
 
+def value_rows(config):
+    """The row of v_proj that each column of o_proj reads: with grouped-query attention, query heads in a row share a head of values."""
+    heads, shared = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.arange(heads * head_dim).view(heads, 1, head_dim).expand(-1, shared, -1).flatten()
+
+
+LLAMA = Family(  # an RMSNorm feeds nothing else, v is linear, and up is multiplied by the gate after it: every fold is exact
+    script="main.py",
+    blocks="model.layers",
+    after=("model.norm", "lm_head"),
+    groups=(
+        Group("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Group("self_attn.v_proj", ("self_attn.o_proj",), rows=value_rows),
+        Group("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Group("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+)
+
 FAMILIES = {  # by config.model_type
+    "llama": LLAMA,  # LLaMA 1, 2 and 3
+    "mistral": LLAMA,
+    "qwen2": LLAMA,  # biases on q, k, v
+    "qwen3": LLAMA,  # norms on q and k, after their linears
     "opt": Family(
+        script="opt.py",
         blocks="model.decoder.layers",
         after=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
         groups=(
@@ -89,8 +117,11 @@ METHODS = {
 # Loading
 
 
-def load_config(name, families):
-    """The configuration of a local folder or hub model.  OSError if there is none, ValueError if its model_type is not in `families`."""
+def load_config(name, script=None):
+    """The configuration of a local folder or hub model.
+
+    Raises OSError if there is none, ValueError if its family is not in the table, is another script's (None: any) or cannot be walked.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as e:  # transformers raises whatever its validators do
@@ -100,9 +131,19 @@ def load_config(name, families):
             f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
             f" ({_reason(e)}); a gated model needs `hf auth login`"
         ) from e
-    if config.model_type not in families:
-        raise ValueError(f"{name} is a {config.model_type} model; this script takes {', '.join(families)}")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{name} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}")
+    if script not in (None, FAMILIES[config.model_type].script):
+        raise ValueError(f"{name} is a {config.model_type} model: run it with {FAMILIES[config.model_type].script}")
+    check_one_attention(config)
     return config
+
+
+def check_one_attention(config):
+    """Raises ValueError if blocks get different masks: those of the first are recorded and replayed for all."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if len(kinds) > 1:
+        raise ValueError(f"this {config.model_type} model has blocks of {' and '.join(kinds)}; only one kind per model is supported")
 
 
 def load_tokenizer(name):
@@ -119,8 +160,8 @@ def load_tokenizer(name):
 
 
 def check_vocabulary(config, texts):
-    """Raises ValueError if a text, ids (N,) or (n, T), has a token that the model does not know."""
-    largest = max(int(ids.max()) for ids in texts)
+    """Raises ValueError if a text, ids (N,) or (n, T) or None, has a token that the model does not know."""
+    largest = max((int(ids.max()) for ids in texts if ids is not None), default=0)
     if largest >= config.vocab_size:
         raise ValueError(f"the tokenizer gives token {largest}, the model knows {config.vocab_size}: they do not belong together")
 
@@ -192,11 +233,11 @@ def decoder_blocks(model):
 
 
 @contextmanager
-def only_first_block(model):
-    """Shorten the model to its first block; the others stay where they are."""
+def shortened(model, n):
+    """Shorten the model to its first n blocks; the others stay where they are."""
     path, _, name = FAMILIES[model.config.model_type].blocks.rpartition(".")
     parent, blocks = model.get_submodule(path), decoder_blocks(model)
-    setattr(parent, name, blocks[:1])
+    setattr(parent, name, blocks[:n])
     try:
         yield
     finally:
@@ -208,15 +249,16 @@ def record_inputs(model, batches, device):
     """What enters the first block.  batches: iterable of (B, T) token ids.
 
     Returns ([(B, T, D) on the device], {(B, T): the block's keyword arguments}).  The arguments (masks, positions, rotary tables) are
-    opaque: they are recorded and replayed as they are, so transformers may rename them.
+    opaque: they are recorded and replayed as they are, so transformers may rename them.  Raises ValueError if blocks get different ones.
     """
+    check_one_attention(model.config)
     inputs, kwargs = [], {}
 
     def record(block, args, kw):
         inputs.append(args[0])
         kwargs[args[0].shape[:2]] = kw
 
-    with only_first_block(model):
+    with shortened(model, 1):
         model.to(device)
         handle = decoder_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)
         for ids in batches:
@@ -256,6 +298,72 @@ def walk(model, device, desc):
     for i, block in enumerate(tqdm(decoder_blocks(model), desc=desc, unit="block", leave=False)):
         yield i, block.to(device)
         block.to("cpu")
+
+
+@contextmanager
+def padded(model, real):
+    """Tell the quantized linears of a model which tokens of its next batches are no padding: real (B, T) bool, or None for all."""
+    batches = {module.batch for module in model.modules() if isinstance(module, QuantLinear)}
+    for batch in batches:
+        batch.real = None if real is None or real.all() else real
+    try:
+        yield
+    finally:
+        for batch in batches:
+            batch.real = None
+
+
+@contextmanager
+def placed(model, device, memory=None):
+    """The whole model on the device, ready for model(ids), and back in host memory afterwards.
+
+    memory: bytes that it may take there; by default three quarters of what is free on a GPU, and no limit on a CPU.  Blocks beyond that
+    stay in host memory, and each is copied to the device for the time that it runs.
+    """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if torch.device(device).type == "cuda" else math.inf
+    blocks = decoder_blocks(model)
+    with shortened(model, 0):
+        fit = (memory - _bytes(model)) / _bytes(blocks[0])
+    fit = len(blocks) if fit >= len(blocks) else max(0, int(fit) - 1)  # one place is for those that pass through
+    with shortened(model, fit):
+        model.to(device)
+    handles, drops = [], []
+    for block in blocks[fit:]:
+        fetch, drop = _visits(block, device)
+        handles += block.register_forward_pre_hook(fetch), block.register_forward_hook(drop)
+        drops.append(drop)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for drop in drops:
+            drop()
+        model.to("cpu")
+
+
+def _tensors(module):
+    return *module.parameters(), *module.buffers()
+
+
+def _bytes(module):
+    return sum(tensor.nbytes for tensor in _tensors(module))
+
+
+def _visits(block, device):
+    """Two hooks: one copies the tensors of a block to the device, the other puts those in host memory back in their place."""
+    home = [(tensor, tensor.data) for tensor in _tensors(block)]
+
+    def fetch(*_):
+        for tensor, data in home:
+            tensor.data = data.to(device)
+
+    def drop(*_):
+        for tensor, data in home:
+            tensor.data = data
+
+    return fetch, drop
 
 
 def propagate(block, x, kwargs, name):
@@ -327,7 +435,7 @@ def smooth_block(block, groups, linears, config, recipe, absmax):
     scales = {group: smooth_scale(absmax[group].max, weights[group], recipe.alpha, recipe.min) for group in groups}
     for group, s in scales.items():
         producer = block.get_submodule(group.producer) if group.exact(config) else None
-        fold(s, [linears[name] for name in group.linears], producer)
+        fold(s, [linears[name] for name in group.linears], producer, group.rows(config))
 
 
 def round_group(linears, method, stats, recipe, name):
@@ -393,6 +501,8 @@ def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None):
 def quantize(model, ids, recipe, device, walk_batch, clock):
     """quantize_blocks to the end, printing the output error of every linear as blocks are finished: [Layer] of the whole model."""
     layers = []
+    if recipe.method == "full":
+        return layers
     for done in map(itemgetter(0), quantize_blocks(model, ids, recipe, device, walk_batch, clock)):
         tqdm.write(
             f"block {done[0].block}: output errors  " + "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
@@ -423,6 +533,7 @@ class Parser(argparse.ArgumentParser):
     def run(self, main):
         """main(args); what it raises about bad input, or about NaN met on the way, becomes such a line."""
         transformers.logging.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
             main(self.parse_args())
@@ -447,8 +558,28 @@ def positive(number):
     return int(number)
 
 
-def add_args(parser, smallest_scale):
-    """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family."""
+def whole(number):
+    """A whole number of at least 0."""
+    if int(number) < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return int(number)
+
+
+def batch_size(number):
+    """A whole number of at least 1, or "auto"."""
+    return number if number == "auto" else positive(number)
+
+
+def share(number):
+    """A number of items, or a share of them between 0 and 1."""
+    value = float(number)
+    if not (0 < value < 1 or value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{number}: must be a whole number of items, or a share between 0 and 1")
+    return value if value < 1 else int(value)
+
+
+def add_args(parser, smallest_scale, corpora):
+    """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family; corpora: that of --eval."""
     parser.add_argument("model", metavar="MODEL", help="hub name or local folder with config.json, tokenizer and *.safetensors")
 
     method = parser.add_argument_group("method")
@@ -463,7 +594,12 @@ def add_args(parser, smallest_scale):
     smooth = parser.add_argument_group("smoothing")
     smooth.add_argument("--smooth", action="store_true", help="smooth activations first (implied by smoothquant)")
     smooth.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
-    smooth.add_argument("--min", type=float, default=smallest_scale, help="smallest smoothing scale (default %(default)s, as in the paper)")
+    smooth.add_argument(
+        "--min",
+        type=float,
+        default=smallest_scale,
+        help="smallest smoothing scale (default %(default)s; opt.py 0.1, main.py 0.01, as in the paper)",
+    )
 
     solver = parser.add_argument_group("solver (gptq, awrq)")
     solver.add_argument("--percdamp", type=float, default=0.01, help="damping, as a share of the mean Hessian diagonal (default 0.01)")
@@ -480,6 +616,28 @@ def add_args(parser, smallest_scale):
     data.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default 0)")
     data.add_argument("--data_dir", metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded")
 
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--eval",
+        default=corpora,
+        metavar="CORPORA",
+        help=f"perplexity on these, comma list: wikitext2, ptb, c4, ptb-new, c4-new, folders of --data_dir (default {corpora or 'none'})",
+    )
+    evaluation.add_argument(
+        "--new-eval", action="store_true", help="ptb-new for ptb and c4-new for c4: GPTQ's later protocols, not the paper's"
+    )
+
+    tasks = parser.add_argument_group("tasks (lm-evaluation-harness)")
+    tasks.add_argument("--tasks", metavar="NAMES", help="comma list, wildcards or YAML files of lm-eval; storycloze is storycloze_2018")
+    tasks.add_argument("--num_fewshot", type=whole, metavar="N", help="examples before each item (default: as the task says, else 0)")
+    tasks.add_argument(
+        "--batch_size", type=batch_size, default=1, metavar="N", help="items run together, or auto (default 1); changes no result"
+    )
+    tasks.add_argument("--limit", type=share, metavar="N", help="items per task, the first ones; below 1 a share of them (default: all)")
+    tasks.add_argument("--skip_missing", action="store_true", help="leave out tasks whose data is not there")
+    tasks.add_argument("--table_results", action="store_true", help="print the tasks as a Markdown table (default: as JSON)")
+    tasks.add_argument("--compare_full", action="store_true", help="evaluate the unquantized model too, corpora and tasks, in the same run")
+
     run = parser.add_argument_group("run")
     gpu = torch.cuda.is_available()
     run.add_argument("--device", type=device, default="cuda" if gpu else "cpu", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
@@ -488,6 +646,17 @@ def add_args(parser, smallest_scale):
         "--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory); changes no result"
     )
     run.add_argument("--output_path", metavar="FILE", help="write results and their whole protocol to this JSON")
+
+
+def prepare(args, script):
+    """What a script needs to know of its model before it loads any weights: configuration, recipe, tokenizer.
+
+    Raises what load_config, make_recipe and load_tokenizer raise.  Fills in args.walk_batch.
+    """
+    config = load_config(args.model, script)
+    recipe = make_recipe(args, config.max_position_embeddings)
+    args.walk_batch = args.walk_batch or default_walk_batch(config, recipe.seqlen, args.device)
+    return config, recipe, load_tokenizer(args.model)
 
 
 def make_recipe(args, context):

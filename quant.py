@@ -120,13 +120,22 @@ def fake_quant_act(x, bits, per_token=False):
 
 
 class Batch:
-    """How many sequences run through a model now: its blocks report it, its linears read it, as OPT flattens x to (B * T, C) before fc1."""
+    """The sequences that run through a model now: its blocks report how many, its linears read it, as OPT flattens x to (B * T, C)."""
 
     size = 1
+    real = None  # (B, T) bool: which tokens are no padding; None: all
 
     def observe(self, block, args, kwargs):
         """Forward pre-hook of a decoder block, whose first input is (B, T, D)."""
         self.size = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    def split(self, x):
+        """x as (B, T, C), its padding zero: as every range includes 0, a sequence is then quantized as it would be alone."""
+        x = x.reshape(self.size, -1, x.shape[-1])
+        if self.real is None or x.shape[1] == 1:  # a step of a generation: the token just made
+            return x
+        assert self.real.shape == x.shape[:2], f"{tuple(self.real.shape)} tokens announced, {tuple(x.shape)} met"
+        return x.masked_fill(~self.real[..., None], 0)
 
 
 class QuantLinear(nn.Module):
@@ -146,8 +155,8 @@ class QuantLinear(nn.Module):
         self.batch = batch
 
     def smoothed(self, x):
-        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale."""
-        x = x.reshape(self.batch.size, -1, x.shape[-1])
+        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale; zero where there is padding."""
+        x = self.batch.split(x)
         return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
 
     def settle(self, act_bits, per_token):

@@ -161,7 +161,7 @@ def test_every_method_runs_and_reports(json_of, method):
     assert re.search(rf"^\| own +\| +{ppl['ppl']:.4f} \| +{ppl['windows']} \| +16 \|$", run["out"], re.MULTILINE), run["out"]
     assert "seconds: " in run["out"] and "peak memory: host" in run["out"]
     assert ("block 1: output errors" in run["out"]) == (method != "full")
-    expected = {"evaluation", "loading", "calibration"}
+    expected = {"evaluation", "loading", "text"}
     if method != "full":
         expected |= {"capture", "propagation", "statistics"}
         expected |= {"solving"} if row.weights else set()
@@ -258,7 +258,7 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         (("--method", "rtn", "--wbits", "4", "--smooth"), ["--smooth", "rtn"]),
         (("--method", "gptq", "--wbits", "4", "--act_bits", "6"), ["--act_bits 6", "gptq", "--act_quant"]),
         (("--eval", "nowhere"), ["nowhere", "wikitext2", "own"]),
-        (("--eval", ""), ["unknown corpus"]),
+        (("--eval", ""), ["nothing to evaluate", "--eval"]),
         ((*AWRQ, "--calib_data", "nowhere"), ["nowhere", "c4", "own"]),
         ((*AWRQ, "--calib_data", "ptb-new"), ["ptb-new", "evaluation"]),
         (("--data_dir", "/no/such/folder"), ["--data_dir", "/no/such/folder"]),

