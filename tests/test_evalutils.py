@@ -22,6 +22,7 @@ KEYS = {
     "recipe",
     "protocol",
     "results",
+    "full",
     "layers",
     "seconds",
     "peak_bytes",
@@ -119,7 +120,7 @@ def run_report(line="--method awrq --wbits 4 --smooth"):
     calibration = {"nsamples": 3, "seqlen": 64, "corpus": "c4", "split": "train", "seed": 0, "source": "there", "rule": "random"}
     protocol = {"calibration": calibration if recipe.method != "full" else None, "evaluation": {"ptb": {}}}
     results = {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}, "tasks": {}}
-    return report(args, recipe, tiny_model(), protocol, results, [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)], clock), recipe
+    return report(args, recipe, tiny_model(), protocol, [], results, None, [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)], clock), recipe
 
 
 def test_a_report_has_everything_and_goes_through_json():

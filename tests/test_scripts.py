@@ -111,7 +111,7 @@ def blank():
     protocol = {"calibration": calibration, "evaluation": {}}
     model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), dtype=torch.float16)
     args = SimpleNamespace(model="", device="cpu", walk_batch=1)
-    return report(args, Recipe(), model, protocol, {"perplexity": {}, "tasks": {}}, [Layer(0, "fc1", 0.5)], Clock("cpu"))
+    return report(args, Recipe(), model, protocol, [], {"perplexity": {}, "tasks": {}}, None, [Layer(0, "fc1", 0.5)], Clock("cpu"))
 
 
 @pytest.fixture
