@@ -1,0 +1,273 @@
+"""Check the CUDA kernels on this GPU, bit for bit, then time them in short: python -m kernels.check [--small] [--output_path FILE]
+
+Kernels are held to the op in PyTorch, on the CPU for small shapes and on the GPU for real ones.  scripts/gpu_check.sh runs this with
+compute-sanitizer as well.  Exit status 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import kernels
+from kernels import build, cuda
+from kernels.tune import LAYERS, MODELS, SPLITS, enough_copies, random_weight, timed
+
+TYPES = (torch.float16, torch.bfloat16)
+GROUPS = (-1, 128, 64)
+SHAPES = (  # sequences, tokens of each, rows, columns
+    (2, 5, 104, 256),
+    (1, 3, 33, 200),
+    (3, 4, 130, 328),
+    (9, 1, 256, 448),
+    (1, 16, 300, 1600),
+    (1, 130, 256, 192),
+    (2, 150, 700, 64),
+)
+
+
+def random_x(B, T, C, dtype, seed=0):
+    """Sequences and tokens of different ranges, and an outlier channel: (B, T, C) on the CPU, the same on every machine."""
+    x = torch.randn(B, T, C, generator=torch.Generator().manual_seed(seed))
+    x *= torch.linspace(0.3, 4, B)[:, None, None] * torch.linspace(1, 2, T)[:, None]
+    x[..., C // 2] *= 20
+    return (x + 0.2).to(dtype)
+
+
+def poisoned(library, x, weight, config, parts, bits=8, per_token=False, lengths=None):
+    """y of one configuration, y and the workspace garbage before."""
+    y = torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype, device=x.device)
+    stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
+
+    def empty(size):
+        memory = torch.full((size + 256,), 255, dtype=torch.uint8, device=x.device)
+        return memory[-memory.data_ptr() % 256 :]
+
+    return cuda.launch(library, x, y, weight, bits, per_token, lengths, config, parts, stream, empty)
+
+
+def equal(y, wanted, weight):
+    """Bit for bit where one scale goes for a whole row; else within the rounding of float32 sums, which may be fused and split."""
+    if weight.groupsize == weight.columns:
+        return torch.equal(y, wanted)
+    y, wanted, eps = y.float(), wanted.float(), torch.finfo(wanted.dtype).eps
+    return bool(((y - wanted).abs() <= 2 * eps * wanted.abs() + 4 * 2**-24 * wanted.abs().amax()).all())
+
+
+# ---------------------------------------------------------------------------
+# Checks: each yields (what, whether it is right)
+
+
+def every_configuration(library, device, shapes=SHAPES, types=TYPES, splits=SPLITS):
+    """All kernels, split and not, of any type, on shapes that need padding, with and without lengths."""
+    for config in cuda.CONFIGS:
+        for B, T, rows, columns in shapes:
+            for groupsize in GROUPS:
+                weight = random_weight(rows, columns, groupsize)
+                on_device = weight.to(device)
+                for i, dtype in enumerate(types):
+                    x = random_x(B, T, columns, dtype, seed=i)
+                    for per_token, lengths in ((False, None), (True, None), (False, torch.arange(B, dtype=torch.int32) * T // B)):
+                        wanted = kernels.w4a8_linear(x, weight, 8 - i, per_token, lengths)
+                        for parts in splits:
+                            if cuda.takes(library, config, parts, B * T, rows, columns, weight.groupsize):
+                                settings = (8 - i, per_token, None if lengths is None else lengths.to(device))
+                                y = poisoned(library, x.to(device), on_device, config, parts, *settings)
+                                yield f"{config} / {parts}, {B}x{T}, {rows}x{columns} g{groupsize}, {dtype}", equal(y.cpu(), wanted, weight)
+
+
+def a_few_configurations(library, device):
+    """Few enough for compute-sanitizer, which is slow."""
+    yield from every_configuration(library, device, SHAPES[:4], TYPES[:1], (1, 3))
+
+
+def every_number_of_tokens(library, device):
+    """1 to 129 tokens and the edges of the default rules, by dispatch."""
+    for groupsize in GROUPS[:2]:
+        weight = random_weight(384, 512, groupsize)
+        on_device = weight.to(device)
+        for tokens in (*range(1, 130), 255, 256, 257, 1023, 1024, 1025, 4097):
+            x = random_x(1, tokens, 512, TYPES[tokens % 2], seed=tokens)
+            y = kernels.w4a8_linear(x.to(device), on_device)
+            yield f"{tokens} tokens g{groupsize}", equal(y.cpu(), kernels.w4a8_linear(x, weight), weight)
+
+
+def every_layer(library, device):
+    """The layers of all models, against PyTorch on the same GPU."""
+    for rows, columns in LAYERS:
+        for groupsize in GROUPS[:2]:
+            weight = random_weight(rows, columns, groupsize, device)
+            for tokens in (1, 9, 16, 17, 64, 65, 1030):
+                x = random_x(1, tokens, columns, TYPES[tokens % 2], seed=tokens).to(device)
+                wanted = kernels.w4a8_linear(x, weight, kernel="torch")
+                yield f"{rows}x{columns} g{groupsize}, {tokens} tokens", equal(kernels.w4a8_linear(x, weight), wanted, weight)
+
+
+def largest_sums(library, device):
+    """36,864 columns, all codes at their largest: the kernels' sums pass 2^31."""
+    q, x = torch.full((32, 36864), 15, dtype=torch.uint8), torch.full((1, 17, 36864), 255.0)
+    weight = kernels.prepare(q, torch.ones(32, 1), torch.zeros(32, 1)).to(device)
+    for config in cuda.CONFIGS:
+        tokens = 1 if config.startswith("decode") else 17
+        if cuda.takes(library, config, 1, tokens, 32, 36864, 36864):
+            y = poisoned(library, x[:, :tokens].to(device), weight, config, 1)
+            yield config, bool((y == float(np.float32(36864 * 15 * 255))).all())
+
+
+def twice_the_same(library, device):
+    """Runs of split columns and of groups, eight times over."""
+    for config in list(cuda.CONFIGS)[1:]:
+        for groupsize in GROUPS[:2]:
+            weight, x = random_weight(512, 4096, groupsize, device), random_x(1, 16, 4096, torch.float16).to(device)
+            if cuda.takes(library, config, 8, 16, 512, 4096, weight.groupsize):
+                first, *others = (poisoned(library, x, weight, config, 8) for _ in range(8))
+                yield f"{config} g{groupsize}", all(torch.equal(first, y) for y in others)
+
+
+def graphs_and_streams(library, device):
+    """Captured, replayed with other data, on another stream, with no wait for the GPU in between."""
+    weight = random_weight(768, 1024)
+    on_device = weight.to(device)
+    for tokens in (1, 9, 16, 40, 200):
+        x, other = (random_x(1, tokens, 1024, torch.float16, seed=seed) for seed in (1, 2))
+        fixed = x.to(device)
+        kernels.w4a8_linear(fixed, on_device)  # chooses the kernel
+        torch.cuda.set_sync_debug_mode("error")
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            y = kernels.w4a8_linear(fixed, on_device)
+        torch.cuda.set_sync_debug_mode("default")
+        stream.synchronize()
+        yield f"{tokens} tokens, stream", torch.equal(y.cpu(), kernels.w4a8_linear(x, weight))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = kernels.w4a8_linear(fixed, on_device)
+        for data in (other, x, other):
+            fixed.copy_(data)
+            graph.replay()
+            yield f"{tokens} tokens, graph", torch.equal(y.cpu(), kernels.w4a8_linear(data, weight))
+
+
+def refusals(library, device):
+    """What the kernels cannot take is a ValueError."""
+    weight = random_weight(64, 128).to(device)
+    x = random_x(1, 3, 128, torch.float16).to(device)
+    unaligned = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(1, 3, 128)
+    groups = random_weight(64, 128, 32).to(device)
+    for what, args in (
+        ("device", (x.cpu(), weight)),
+        ("alignment", (unaligned, weight)),
+        ("strides", (x.expand(2, 3, 128), weight)),
+        ("groups", (x, groups)),
+    ):
+        try:
+            kernels.w4a8_linear(*args)
+            yield what, False
+        except ValueError:
+            yield what, True
+
+
+SMALL = (a_few_configurations, largest_sums, twice_the_same, refusals)
+CHECKS = (every_configuration, every_number_of_tokens, every_layer, largest_sums, twice_the_same, graphs_and_streams, refusals)
+
+
+def run_checks(checks, library, device):
+    """[{"check", "cases", "wrong": [what]}], printed as it goes."""
+    results = []
+    for check in checks:
+        outcomes = list(check(library, device))
+        wrong = [what for what, ok in outcomes if not ok]
+        results.append({"check": check.__name__, "cases": len(outcomes), "wrong": wrong})
+        print(
+            f"{check.__name__:24} {len(outcomes):6} cases  {'all equal' if not wrong else f'{len(wrong)} WRONG, as {wrong[:3]}'}",
+            flush=True,
+        )
+    return results
+
+
+# ---------------------------------------------------------------------------
+# Times
+
+
+def bench(device, models=("llama-13b",), tokens=(1, 16, 17, 64, 256, 1024)):
+    """[row]: microseconds of quantization and product against those of a float16 product, both with cold caches."""
+    rows = []
+    for n, k in dict.fromkeys(shape for model in models for shape in MODELS[model]):
+        weight = random_weight(n, k, device=device)
+        packed = [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, n * k // 2))]
+        full = [torch.randn(n, k, dtype=torch.float16, device=device) for _ in range(enough_copies(device, n * k * 2))]
+        for m in tokens:
+            x = torch.randn(1, m, k, dtype=torch.float16, device=device)
+            ours = timed([partial(kernels.w4a8_linear, x, w) for w in packed])
+            fp16 = timed([partial(torch.nn.functional.linear, x, w) for w in full])
+            config, parts = cuda.dispatch(device, m, n, k, k)
+            speedup = fp16["median"] / ours["median"]
+            rows.append(
+                {
+                    "rows": n,
+                    "columns": k,
+                    "tokens": m,
+                    "config": config,
+                    "splits": parts,
+                    "w4a8_us": ours,
+                    "fp16_us": fp16,
+                    "speedup": speedup,
+                }
+            )
+            print(
+                f"{n:6} x {k:5}  {m:5} tokens  {config:>12} / {parts:<2}  {ours['median']:8.1f} us  "
+                f"fp16 {fp16['median']:8.1f} us  {speedup:5.2f}x",
+                flush=True,
+            )
+    return rows
+
+
+def about(device):
+    """Hardware, versions and commit."""
+    root = Path(__file__).parent.parent
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "commit": commit or None,
+    }
+
+
+def main(args):
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU: PyTorch finds none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    library = cuda.library(device)
+    print(torch.cuda.get_device_name(device), flush=True)
+    report = about(device) | {"checks": run_checks(SMALL if args.small else CHECKS, library, device)}
+    if not args.small:
+        report["bench"] = bench(device)
+    if args.output_path:
+        partial_file = Path(f"{args.output_path}.partial")
+        partial_file.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial_file, args.output_path)
+    return any(check["wrong"] for check in report["checks"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m kernels.check", description="Check the CUDA kernels on this GPU against PyTorch.")
+    parser.add_argument("--small", action="store_true", help="only small shapes and no times, for compute-sanitizer")
+    parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
+    try:
+        sys.exit(main(parser.parse_args()))
+    except (build.BuildError, ValueError, OSError) as e:
+        parser.exit(2, f"{parser.prog}: error: {e}\n")

@@ -1,0 +1,164 @@
+"""Measure which kernel is fastest for which layer and number of tokens on this GPU, and note it in tuning.json: python -m kernels.tune
+
+Every time is that of quantization and product together, in a CUDA graph, over so many copies of the weight that the L2 cache holds none.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from functools import partial
+
+import torch
+
+import kernels
+from kernels import cuda
+
+MODELS = {  # rows and columns of the linears of a block, each shape once
+    "llama-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "llama-13b": ((5120, 5120), (13824, 5120), (5120, 13824)),
+    "llama-30b": ((6656, 6656), (17920, 6656), (6656, 17920)),
+    "llama-65b": ((8192, 8192), (22016, 8192), (8192, 22016)),
+    "llama-2-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "opt-125m": ((768, 768), (3072, 768), (768, 3072)),
+    "opt-1.3b": ((2048, 2048), (8192, 2048), (2048, 8192)),
+    "opt-2.7b": ((2560, 2560), (10240, 2560), (2560, 10240)),
+    "opt-6.7b": ((4096, 4096), (16384, 4096), (4096, 16384)),
+    "opt-13b": ((5120, 5120), (20480, 5120), (5120, 20480)),
+    "opt-30b": ((7168, 7168), (28672, 7168), (7168, 28672)),
+    "opt-66b": ((9216, 9216), (36864, 9216), (9216, 36864)),
+}
+LAYERS = tuple(dict.fromkeys(shape for shapes in MODELS.values() for shape in shapes))
+EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; above the last, as for the last
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def random_weight(rows, columns, groupsize=-1, device="cpu", seed=0):
+    """Random codes on a random grid: a kernels.Weight."""
+    g = torch.Generator(device).manual_seed(seed)
+    groups = 1 if groupsize == -1 else -(-columns // groupsize)
+    q = torch.randint(16, (rows, columns), generator=g, dtype=torch.uint8, device=device)
+    scale = torch.rand(rows, groups, generator=g, device=device) * 0.01 + 0.001
+    zero = torch.randint(16, (rows, groups), generator=g, device=device)
+    return kernels.prepare(q, scale, zero, groupsize, torch.randn(rows, generator=g, device=device))
+
+
+def enough_copies(device, size):
+    """How many copies of `size` bytes are more than four times the L2 cache; at most 64."""
+    return max(1, min(64, -(-4 * torch.cuda.get_device_properties(device).L2_cache_size // size)))
+
+
+def timed(calls, rounds=7, least=20):
+    """Microseconds per call, {"median", "p20", "p80"}, over replays of one CUDA graph of all calls, repeated to `least` of them."""
+    calls = calls * -(-least // len(calls))
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph, start, end = torch.cuda.CUDAGraph(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(calls))
+    fifths = statistics.quantiles(times, n=5)
+    return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[3]}
+
+
+def run(library, x, weight, config, parts, bits=8, per_token=False, lengths=None):
+    """y of one configuration, on the current stream."""
+    stream = torch.cuda.current_stream().cuda_stream
+    y = x.new_empty(*x.shape[:2], weight.rows)
+
+    def empty(size):
+        return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+    return cuda.launch(library, x, y, weight, bits, per_token, lengths, config, parts, stream, empty)
+
+
+def candidates(library, tokens, rows, columns, groupsize):
+    """All (config, splits) that the kernels take and that are not hopeless: neither half empty where a smaller one is not, nor tiny."""
+    for config, (_, m) in cuda.CONFIGS.items():
+        if (m < 2 * tokens or m == 16) and tokens <= 64 * m:
+            for parts in SPLITS if tokens <= 1024 else SPLITS[:1]:
+                if cuda.takes(library, config, parts, tokens, rows, columns, groupsize):
+                    yield config, parts
+
+
+def best(times_at):
+    """The candidate that loses least over the token counts of a bucket.  times_at: [{candidate: time}], one for each count."""
+    common = set.intersection(*(set(times) for times in times_at))
+    return min(sorted(common), key=lambda c: sum(times[c] / min(times.values()) for times in times_at))
+
+
+def tune_layer(library, device, rows, columns, groupsize):
+    """[[most tokens, config, splits]]: for each bucket what is best at both of its ends, so that no cliff follows an edge."""
+    weight = random_weight(rows, columns, groupsize, device)
+    copies = [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, weight.packed.numel()))]
+    entries, below = [], 0
+    for edge in EDGES:
+        times_at = []
+        for tokens in sorted({below + 1, edge}):
+            x = torch.randn(1, tokens, columns, dtype=torch.float16, device=device)
+            found = candidates(library, tokens, rows, columns, weight.groupsize)
+            times_at.append({c: timed([partial(run, library, x, w, *c) for w in copies])["median"] for c in found})
+        entries.append([edge, *best(times_at)])
+        below = edge
+    entries[-1][0] = 1 << 20
+    return entries
+
+
+def main(args):
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU: PyTorch finds none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    library, gpu = cuda.library(device), torch.cuda.get_device_name(device)
+    table = cuda.tables().get(gpu, {"cells": {}}) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
+    for rows, columns in LAYERS if args.models is None else dict.fromkeys(shape for m in args.models.split(",") for shape in MODELS[m]):
+        for groupsize in args.groupsize:
+            entries = tune_layer(library, device, rows, columns, groupsize)
+            table["cells"][cuda.cell(rows, columns, columns if groupsize == -1 else groupsize)] = entries
+            print(f"{gpu}: {rows} x {columns}, groupsize {groupsize}: {entries}", flush=True)
+            write({**json.loads(cuda.TUNING.read_text()), gpu: table})
+
+
+def write(tables):
+    """tuning.json, a cell a line; whole or not at all."""
+    parts = []
+    for name, table in tables.items():
+        lists = {key: table[key] for key in ("cells", "rules") if key in table}
+        head = {key: value for key, value in table.items() if key not in lists}
+        fields = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        for key, value in lists.items():
+            items = [json.dumps(k) + ": " + json.dumps(v) for k, v in value.items()] if key == "cells" else [json.dumps(v) for v in value]
+            brackets = "{}" if key == "cells" else "[]"
+            fields.append(f"    {json.dumps(key)}: {brackets[0]}\n      " + ",\n      ".join(items) + f"\n    {brackets[1]}")
+        parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(fields) + "\n  }")
+    partial_file = cuda.TUNING.with_suffix(".partial")
+    partial_file.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    os.replace(partial_file, cuda.TUNING)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m kernels.tune", description="Measure the fastest kernel of every layer shape on this GPU.")
+    parser.add_argument(
+        "--models", metavar="NAMES", help=f"only the layers of these models, separated by commas (default all): {', '.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--groupsize",
+        type=int,
+        nargs="+",
+        default=[-1, 128],
+        metavar="COLUMNS",
+        help="columns per weight scale; -1 = whole row (default -1 128)",
+    )
+    try:
+        main(parser.parse_args())
+    except (ValueError, KeyError, OSError) as e:
+        parser.exit(2, f"{parser.prog}: error: {e}\n")

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
+#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, times in short
+#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (half an hour)
+# Variables: PYTHON, OUT (the JSON, by default results/gpu_check/NAME_OF_THE_GPU.json).  Exit status 1 if anything failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+case "${1-}" in
+  "" | --tune) ;;
+  *) echo "gpu_check.sh: $1: the only option is --tune" >&2; exit 2 ;;
+esac
+
+gpu=$("$PYTHON" - <<'CODE'
+import torch
+
+if torch.cuda.is_available():
+    print("{}{}".format(*torch.cuda.get_device_capability()), torch.cuda.get_device_name())
+CODE
+) || { echo "gpu_check.sh: $PYTHON has no PyTorch; set PYTHON" >&2; exit 2; }
+[ -n "$gpu" ] || { echo "gpu_check.sh: PyTorch finds no GPU here" >&2; exit 2; }
+arch=${gpu%% *} name=${gpu#* }
+OUT=${OUT:-results/gpu_check/${name// /_}.json}
+mkdir -p "$(dirname "$OUT")"
+
+table="" failed=0
+step() {  # step NAME COMMAND...: runs it and notes how it went
+  local name=$1 result=ok start=$SECONDS
+  shift
+  echo "== $name: $*"
+  "$@" || { result="FAILED ($?)"; failed=1; }
+  table+=$(printf '%-12s %6d s  %s' "$name" $((SECONDS - start)) "$result")$'\n'
+}
+skip() { table+=$(printf '%-12s %6s    skipped: %s' "$1" - "$2")$'\n'; }
+
+command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
+step build "$PYTHON" -m kernels.build --arch "$arch"
+[ "${1-}" = --tune ] && step tune "$PYTHON" -m kernels.tune
+step check "$PYTHON" -m kernels.check --output_path "$OUT"
+
+sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
+for tool in memcheck racecheck; do
+  if [ -z "$sanitizer" ]; then
+    skip $tool "no compute-sanitizer"
+  elif ! "$sanitizer" --tool $tool --error-exitcode 9 "$PYTHON" -c "import torch; torch.ones(1).cuda()" > /dev/null 2>&1; then
+    skip $tool "compute-sanitizer does not work here"
+  else  # without PyTorch's cache every tensor has its own bounds
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" --tool $tool --error-exitcode 9 "$PYTHON" -m kernels.check --small
+  fi
+done
+
+printf '\n%s (sm_%s), %s\n%s' "$name" "$arch" "$OUT" "$table"
+exit $failed
