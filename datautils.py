@@ -158,18 +158,20 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None):
     return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
 
 
-def load_text(recipe, corpora, tokenizer, data_dir=None, calibration_done=None):
+def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None):
     """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
 
     recipe: a quant.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
-    protocol.  Raises what check_corpora (first), calibration and eval_tokens raise.
+    protocol.  clock: a modelutils.Clock.  Raises what check_corpora (first), calibration and eval_tokens raise.
     """
     calibrates = recipe.method != "full" and calibration_done is None
     check_corpora(recipe.calib_data if calibrates else None, corpora, data_dir)
     ids, used = None, calibration_done
     if calibrates:
-        ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, data_dir)
-    texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir) for name in corpora}
+        with clock("calibration"):
+            ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, data_dir)
+    with clock("evaluation"):
+        texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir) for name in corpora}
     protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in texts.items()}}
     return ids, {name: tokens for name, (tokens, _) in texts.items()}, protocol
 

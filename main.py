@@ -2,7 +2,7 @@
 
 python main.py meta-llama/Llama-2-7b --tasks piqa,arc_easy,boolq,copa --table_results --method full
 python main.py meta-llama/Llama-2-7b --calib_data c4 --tasks piqa,copa --table_results --wbits 4 --act_bits 8 --method awrq --smooth
-python main.py demo/llama --data_dir demo/data --calib_data world --eval world --tasks demo/tasks/world_who.yaml --wbits 4 --method awrq
+python main.py demo/llama --data_dir demo/data --calib_data world --eval world --tasks demo/tasks/world_deed.yaml --wbits 4 --method awrq
 """
 
 import argparse
@@ -19,8 +19,7 @@ def main(args):
     config, recipe, tokenizer, calibration = prepare(args, "main.py")
     corpora, tasks = plan(args, config, tokenizer)
     clock = Clock(args.device)
-    with clock("text"):
-        ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, calibration)
+    ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, clock, calibration)
     check_vocabulary(config, [ids, *texts.values()])
 
     # ---- Model ----

@@ -19,8 +19,7 @@ def main(args):
     config, recipe, tokenizer, calibration = prepare(args, "opt.py")
     corpora, tasks = plan(args, config, tokenizer)
     clock = Clock(args.device)
-    with clock("text"):
-        ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, calibration)
+    ids, texts, protocol = load_text(recipe, corpora, tokenizer, args.data_dir, clock, calibration)
     check_vocabulary(config, [ids, *texts.values()])
 
     # ---- Model ----

@@ -18,7 +18,6 @@ from test_cli import cli, messages  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-import main
 import modelutils
 from checkpoint import FORMAT, Store, Writer, load, pack, unpack
 from evalutils import decode, perplexity

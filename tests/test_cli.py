@@ -161,9 +161,9 @@ def test_every_method_runs_and_reports(json_of, method):
     assert re.search(rf"^\| own +\| +{ppl['ppl']:.4f} \| +{ppl['windows']} \| +16 \|$", run["out"], re.MULTILINE), run["out"]
     assert "seconds: " in run["out"] and "peak memory: host" in run["out"]
     assert ("block 1: output errors" in run["out"]) == (method != "full")
-    expected = {"evaluation", "loading", "text"}
+    expected = {"evaluation", "loading"}
     if method != "full":
-        expected |= {"capture", "propagation", "statistics"}
+        expected |= {"calibration", "capture", "propagation", "statistics"}
         expected |= {"solving"} if row.weights else set()
         expected |= {"smoothing"} if row.smooth[0] else set()
     assert set(run["seconds"]) == expected
