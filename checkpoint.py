@@ -511,6 +511,7 @@ class Store:
         if other:
             raise ValueError(f"--checkpoint_dir {folder}: is of another run: {some(other)}; give another folder")
         self.finished = next((i for i in range(self.blocks) if not self.path("block", i, "json").exists()), self.blocks)
+        self.drop_inputs(self.finished)  # a run can be killed between its last write and this
 
     def path(self, kind, i, ending="safetensors"):
         return self.folder / f"{kind}-{i:05}.{ending}"
@@ -525,8 +526,12 @@ class Store:
             tensors |= {f"{name}.{suffix}": t for suffix, t in packed_linear(q, grid, self.recipe).items()}
         entry["tensors"] = write_shard(self.path("block", i), tensors)
         write_json(self.path("block", i, "json"), entry)
+        self.drop_inputs(i + 1)
+
+    def drop_inputs(self, needed):
+        """Remove what entered other blocks than the one that is still needed."""
         for inputs in self.folder.glob("inputs-*.safetensors"):
-            if inputs != self.path("inputs", i + 1):
+            if inputs != self.path("inputs", needed):
                 inputs.unlink()
 
     def restore(self, i, block, groups, batch, x):

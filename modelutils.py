@@ -560,6 +560,7 @@ class Parser(argparse.ArgumentParser):
         """main(args); what it raises about bad input, or about NaN met on the way, becomes such a line."""
         transformers.logging.set_verbosity_error()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", DeprecationWarning)  # those of libraries are not the user's business
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
             main(self.parse_args())

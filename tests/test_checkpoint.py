@@ -190,7 +190,7 @@ def test_what_is_not_quantized_keeps_its_type(tmp_path):
 
 def test_the_size(tmp_path):
     """At most 0.29 of FP16 for 256 columns and more, per channel, and it is what lies on the disk."""
-    config = tiny_model("llama").config
+    config = tiny_model("llama", "grouped").config
     config.hidden_size = config.intermediate_size = 256
     config.head_dim = 64
     model = AutoModelForCausalLM.from_config(config).eval()
