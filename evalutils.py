@@ -149,15 +149,14 @@ def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
     their tasks.  Raises ValueError for an unknown task, OSError if data is missing, unless skip_missing (then a warning) leaves some.
     """
     manager = task_manager(not all(map(_is_yaml, patterns)))
-    names = dict.fromkeys(name for pattern in patterns for name in _matching(TASKS.get(pattern, pattern), manager))
+    names = [name for pattern in patterns for name in _matching(TASKS.get(pattern, pattern), manager)]
+    if data_dir is not None:
+        names = [leaf for name in names for leaf in ([name] if _is_yaml(name) else _members(name, manager))]
     loaded = []
-    for name in names:
+    for name in dict.fromkeys(names):
         try:
-            if data_dir is None or _is_yaml(name):
-                loaded += _load(name, name, manager)
-            else:
-                for leaf in _members(name, manager):
-                    loaded += _load_local(leaf, manager, data_dir, num_fewshot)
+            here = data_dir is not None and not _is_yaml(name)
+            loaded += _load_local(name, manager, data_dir, num_fewshot) if here else _load(name, name, manager)
         except OSError as e:
             if not skip_missing:
                 raise
