@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import save_model, tiny_model, token_ids, toy_tokenizer
 from safetensors.torch import load_file
-from test_cli import cli, messages  # noqa: F401  a fixture
+from test_cli import cli, user  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
 import checkpoint
+import main
 import modelutils
 from checkpoint import FORMAT, Store, Writer, load, pack, unpack
 from evalutils import decode, perplexity
@@ -489,3 +490,105 @@ def test_decode(kind):
     assert found["tokens"] == 12 and found["ms_per_token"] > 0 and "ppl" not in decode(model, ids)
     with pytest.raises(ValueError, match="--benchmark"):
         decode(model, ids[:1])
+
+
+# ---------------------------------------------------------------------------
+# On the command line
+
+
+@pytest.fixture
+def refused(cli, corpora, folder):  # noqa: F811
+    """refused(parts, *arguments): exit status 2, and one line that has every part."""
+
+    def run(parts, *arguments):
+        status, out, err = cli(*arguments, "--data_dir", corpora, "--eval", "own", "--device", "cpu")
+        assert status == 2 and len(err) == 1 and all(str(part) in err[0] for part in parts), err
+        assert "| own" not in out
+
+    return run
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_loading_a_damaged_checkpoint(refused, spoilt, damage):
+    spoil, _, parts = DAMAGE[damage]
+    spoil(spoilt)
+    refused(parts, "--load", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--method", "rtn"), ["--method", "--load"]),
+        (("--smooth",), ["--smooth", "--load"]),
+        (("--true-sequential",), ["--true-sequential", "--load"]),
+        (("--calib_data", "own"), ["--calib_data", "--load"]),
+        (("--checkpoint_dir", "blocks"), ["--checkpoint_dir", "--load"]),
+        (("--compare_full",), ["--compare_full", "--load"]),
+        (("--seqlen", 1000), ["--seqlen 1000", "64 tokens"]),
+        (("--benchmark", 1), ["--benchmark 1", "2 to 64"]),
+        (("--benchmark", 65), ["--benchmark 65", "2 to 64"]),
+        (("--export", "gguf", "out"), ["--export gguf", "compressed-tensors"]),
+    ],
+    ids=lambda x: str(x[0]),
+)
+def test_what_does_not_go_with_load(refused, folder, arguments, parts):
+    refused(parts, "--load", folder, *arguments)
+
+
+def test_a_checkpoint_of_another_model(refused, folder, tmp_path):
+    refused(["activation_function", "gelu"], save_model(tmp_path / "gelu", tiny_model("opt", "gelu")), "--load", folder)
+    saved(tmp_path / "llama", tiny_model("llama", "plain"))
+    refused(["llama", "main.py"], "--load", tmp_path / "llama")
+
+
+def test_what_is_no_checkpoint_of_ours(refused, tiny_opt, folder, tmp_path):
+    refused(["nothing of a quantization", "--save"], "--load", tiny_opt)
+    refused([tmp_path / "nowhere", "config.json"], "--load", tmp_path / "nowhere")
+    refused(["--load"], folder)
+    refused(["MODEL", "--load"])
+
+
+def test_a_target_that_cannot_be(refused, tiny_opt, folder, tmp_path):
+    awrq = (tiny_opt, "--method", "awrq", "--wbits", 4)
+    (tmp_path / "file").write_text("")
+    refused([f"--save {folder}", "already"], *awrq, "--save", folder)
+    refused(["--save", tmp_path / "file"], *awrq, "--save", tmp_path / "file" / "saved")
+    refused(
+        ["--checkpoint_dir", "other files"], *awrq, "--calib_data", "own", "--nsamples", 3, "--seqlen", 16, "--checkpoint_dir", tmp_path
+    )
+    for flag in (("--save", "x"), ("--checkpoint_dir", "x"), ("--export", "compressed-tensors", "x")):
+        refused(["act_only", "pack"], tiny_opt, "--method", "act_only", *flag)
+
+
+def test_a_disk_that_is_full(tiny_opt, corpora, tmp_path):
+    """As test_a_full_disk, from a shell: one line, exit status 2, nothing under the name or beside it."""
+    awrq = (tiny_opt, "--method", "rtn", "--wbits", 4, "--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--seqlen", 16)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        run = user(*awrq, "--nsamples", 2, "--device", "cpu", "--save", tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.returncode == 2 and "opt.py: error" in run.stderr and "saved" in run.stderr.splitlines()[-1], run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_main_too(corpora, tmp_path, monkeypatch, capfd):
+    source = save_model(tmp_path / "llama", tiny_model("llama", "grouped"))
+    common = ("--data_dir", corpora, "--eval", "own", "--seqlen", 16, "--device", "cpu")
+    ppl = []
+    for name, arguments in (
+        (
+            "saving",
+            (source, "--method", "awrq", "--wbits", 4, "--smooth", "--calib_data", "own", "--nsamples", 3, "--save", tmp_path / "s"),
+        ),
+        ("loading", (source, "--load", tmp_path / "s", "--export", "compressed-tensors", tmp_path / "exported")),
+    ):
+        path = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, (*arguments, *common, "--output_path", path))])
+        main.parser().run(main.main)
+        ppl.append(json.loads(path.read_text())["results"]["perplexity"]["own"]["ppl"])
+    assert ppl[0] == pytest.approx(ppl[1], rel=1e-3) and (tmp_path / "exported" / "config.json").is_file()
+    assert "linears in integers (torch kernel)" in capfd.readouterr().out
+    report = json.loads((tmp_path / "loading.json").read_text())
+    assert report["protocol"]["calibration"]["corpus"] == "own" and report["recipe"]["method"] == "awrq" and report["model"] == str(source)
