@@ -1,0 +1,155 @@
+"""main.py as a user runs it: what the paper's commands mean, tasks and text in one run, and bad input of its own."""
+
+import json
+import sys
+import warnings
+
+import pytest
+import transformers
+from conftest import save_model, tiny_model, toy_tokenizer
+from test_cli import TASK, messages
+from transformers import AutoConfig
+
+import main
+import opt
+from modelutils import FAMILIES, make_recipe
+
+# The LLaMA commands of the paper's repository (zero_shot/run_llama.sh in the forms that its README has), and what each must mean.
+TASKS = "--tasks piqa,arc_easy,arc_challenge,boolq,copa,storycloze --table_results"
+PAPER = "--calib_data c4 " + TASKS + " --wbits 4 --act_bits 8 --groupsize -1"
+PUBLISHED = {
+    f"--calib_data c4 {TASKS} --method full": (16, 16, False),
+    f"{PAPER} --blocksize 1 --method awrq --smooth --alpha 0.50 --min 0.01": (4, 8, True),
+    f"{PAPER} --blocksize 1 --method awrq": (4, 8, False),
+    f"{PAPER} --method smoothquant --alpha 0.50 --min 0.01": (4, 8, True),
+    f"{PAPER} --method rtn": (4, 8, False),
+    f"--calib_data c4 {TASKS} --wbits 4 --groupsize -1 --blocksize 1 --method gptq --smooth --alpha 0.50 --min 0.01": (4, 16, True),
+    f"--calib_data c4 {TASKS} --wbits 4 --groupsize -1 --blocksize 1 --method gptq": (4, 16, False),
+    f"--calib_data c4 {TASKS} --act_bits 8 --method act_only --smooth --alpha 0.50 --min 0.01": (16, 8, True),
+    f"--calib_data c4 {TASKS} --act_bits 8 --method act_only": (16, 8, False),
+}
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_the_published_commands_mean_what_they_meant(line):
+    args = main.parser().parse_args(["meta-llama/Llama-2-7b", *line.split()])
+    recipe = make_recipe(args, 4096)
+    assert (recipe.wbits, recipe.act_bits, recipe.smooth) == PUBLISHED[line]
+    assert (recipe.method, recipe.alpha, recipe.min, recipe.nsamples, recipe.seqlen) == (args.method, 0.5, 0.01, 128, 2048)
+    assert args.eval == "" and args.table_results and args.batch_size == 1 and args.tasks.endswith(",storycloze")
+
+
+def test_the_scripts_differ_by_family_and_defaults_only():
+    flags = {module: {a.dest: (a.option_strings, a.default) for a in module.parser()._actions} for module in (main, opt)}
+    assert {name for name in flags[opt] if flags[main].get(name) != flags[opt][name]} == {"min", "eval"}
+    assert flags[main].keys() == flags[opt].keys()
+    assert {family.script for family in FAMILIES.values()} == {"main.py", "opt.py"}
+    assert "0.1" in main.parser().format_help() and "0.01" in main.parser().format_help()
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("tiny") / "llama", tiny_model("llama", "grouped"))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run(*arguments) -> (exit status, stdout, lines of stderr), in this process."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    verbosity = transformers.logging.get_verbosity()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            try:
+                main.parser().run(main.main)
+            except SystemExit as e:
+                status = e.code or 0
+        out, err = capfd.readouterr()
+        return status, out, messages(err)
+
+    yield call
+    transformers.logging.set_verbosity(verbosity)
+
+
+SHORT = ("--calib_data", "own", "--nsamples", 3, "--seqlen", 16, "--device", "cpu")
+
+
+def test_tasks_and_text_of_both_models_in_one_run(run, tiny_llama, corpora, tmp_path):
+    path = tmp_path / "run.json"
+    awrq = ("--method", "awrq", "--wbits", 4, "--smooth", "--compare_full", "--table_results", "--batch_size", 4)
+    status, out, err = run(tiny_llama, "--data_dir", corpora, *SHORT, *TASK, "--eval", "own", *awrq, "--output_path", path)
+    assert status == 0 and not err, err
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("| ")]
+    result = json.loads(path.read_text())
+    assert result["recipe"]["min"] == 0.01 and result["model_type"] == "llama"
+    for label, numbers in (("full", result["full"]), ("awrq W4A8 + smoothing, min 0.01", result["results"])):
+        ppl = numbers["perplexity"]["own"]["ppl"]
+        found = numbers["tasks"]["results"]["world_why"]
+        assert ["own", label, f"{ppl:.4f}"] in [row[:3] for row in rows], rows
+        assert ["world_why", "0", "acc", label, f"{found['acc,none']:.4f}", f"{found['acc_stderr,none']:.4f}"] in rows, rows
+        assert ["average", "", "acc", label] in [row[:4] for row in rows]
+    assert result["full"]["perplexity"] != result["results"]["perplexity"]
+    tasks = result["results"]["tasks"]
+    assert {"results", "versions", "configs", "n-shot", "n-samples", "lm_eval_version"} <= tasks.keys()
+    assert result["protocol"]["tasks"]["world_why"]["split"] == "test" and result["seconds"]["tasks"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((), ["nothing to evaluate", "--tasks", "--eval"]),
+        (("--tasks", "nowhere.yaml"), ["nowhere.yaml", "no such file"]),
+        ((*TASK, "--num_fewshot", "-1"), ["--num_fewshot", "-1"]),
+        ((*TASK, "--num_fewshot", "few"), ["--num_fewshot", "few"]),
+        ((*TASK, "--batch_size", "0"), ["--batch_size", "0"]),
+        ((*TASK, "--batch_size", "large"), ["--batch_size", "large"]),
+        ((*TASK, "--limit", "0"), ["--limit", "0", "share"]),
+        ((*TASK, "--limit", "2.5"), ["--limit", "2.5", "share"]),
+        ((*TASK, "--compare_full"), ["--compare_full", "full"]),
+        (("--tasks", "coppa"), ["unknown task 'coppa'", "copa"]),
+        (("--tasks", "copa"), ["copa/validation.jsonl", "--data_dir"]),
+    ],
+    ids=lambda x: " ".join(map(str, x[-2:])) if isinstance(x, tuple) else "",
+)
+def test_bad_input(monkeypatch, run, tiny_llama, corpora, arguments, parts):
+    monkeypatch.setattr(main, "open_model", lambda *_: pytest.fail("the weights are loaded first"))
+    status, out, err = run(tiny_llama, "--data_dir", corpora, *arguments)
+    assert status == 2 and len(err) == 1 and not out, (out, err)
+    assert err[0].startswith("main.py: error: ") and all(str(part) in err[0] for part in parts), err
+
+
+def test_the_other_scripts_model(run, tiny_opt, tiny_llama):
+    status, _, err = run(tiny_opt, *TASK)
+    assert status == 2 and len(err) == 1 and "opt.py" in err[0].removeprefix("main.py: error:") and str(tiny_opt) in err[0], err
+
+
+def test_a_tokenizer_of_another_model(run, tiny_llama, tmp_path):
+    folder = save_model(
+        tmp_path / "other", tiny_model("llama", "plain"), toy_tokenizer(["<unk>", *(f"filler{i}" for i in range(120)), "Pip"])
+    )
+    status, _, err = run(folder, *TASK)
+    assert status == 2 and len(err) == 1 and "121" in err[0] and "tokenizer" in err[0], err
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_blocks_of_two_kinds(run, tmp_path, name):
+    """Such a model's masks differ from block to block."""
+    config = AutoConfig.for_model(name, num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    config.save_pretrained(tmp_path)
+    status, _, err = run(tmp_path, *TASK)
+    assert status == 2 and len(err) == 1 and "full_attention and sliding_attention" in err[0], err
+
+
+def test_a_gated_model_without_a_token(monkeypatch, run):
+    """What transformers raises then, which cannot be had without a network."""
+
+    def gated(name, **kwargs):
+        raise OSError(f"You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/{name}.")
+
+    monkeypatch.setattr("modelutils.AutoConfig.from_pretrained", gated)
+    status, _, err = run("meta-llama/Llama-2-7b", *TASK)
+    assert status == 2 and len(err) == 1 and "gated" in err[0] and "hf auth login" in err[0], err
