@@ -37,7 +37,6 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accel
 
 
 NEW_EVAL = {"ptb": "ptb-new", "c4": "c4-new"}
-DATA = ("calib_data", "nsamples", "seqlen", "seed")  # settings of a recipe that are the same in a whole table
 TASKS = {"storycloze": "storycloze_2018"}  # the paper's names that mean something else to lm-eval
 
 # ---------------------------------------------------------------------------
@@ -313,6 +312,23 @@ def zero_shot(model, tokenizer, tasks, device="cpu", batch_size=1, num_fewshot=N
 # ---------------------------------------------------------------------------
 # Report
 
+DEFAULTS = asdict(Recipe())
+NAMED = ("method", "wbits", "act_bits", "smooth")  # have their own place in a name
+DATA = ("calib_data", "nsamples", "seqlen", "seed")  # are told by the protocol
+
+
+def recipe_name(recipe):
+    """What a recipe (a dict) is called: method, bits and every setting that is used and not the default."""
+    method = recipe["method"]
+    name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
+    if recipe["smooth"] and False in METHODS[method].smooth:
+        name += " + smoothing"
+    for setting, value in recipe.items():
+        used = recipe["smooth"] or setting not in ("alpha", "min")
+        if used and setting not in NAMED + DATA and value != DEFAULTS.get(setting):
+            name += f", {setting}" if value is True else f", {setting} {value}"
+    return name
+
 
 def table(header, rows):
     """A Markdown table, aligned; the first column to the left, the others to the right."""
@@ -390,21 +406,10 @@ def arithmetic(model):
     return "; ".join(f"{n} linears in {kind}" for kind, n in kinds.items()) or "as the model came"
 
 
-def recipe_name(recipe):
-    """What a recipe, a dict of Recipe's fields, is called: method, bits and every setting that is not the default."""
-    method = recipe["method"]
-    name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
-    if recipe["smooth"] and (method not in METHODS or False in METHODS[method].smooth):
-        name += " + smoothing"
-    for setting, default in asdict(Recipe()).items():
-        used = recipe["smooth"] or setting not in ("alpha", "min")
-        if used and setting not in ("method", "wbits", "act_bits", "smooth", *DATA) and recipe[setting] != default:
-            name += f", {setting}" if recipe[setting] is True else f", {setting} {recipe[setting]}"
-    return name
-
-
 def accuracies(found, metric="acc"):
-    """{task: (value, standard error or None)} of what zero_shot returned, without groups."""
+    """{task: (value, standard error or None)} of what zero_shot returned, without groups; {} if that is {}."""
+    if not found:
+        return {}
     key, error = f"{metric},none", f"{metric}_stderr,none"
     rows = {name: row for name, row in found["results"].items() if key in row and name not in found.get("groups", {})}
     return {name: (row[key], row[error] if isinstance(row.get(error), float) else None) for name, row in rows.items()}

@@ -1,4 +1,4 @@
-"""scripts/opt.sh with a stand-in for python, and scripts/table.py on made-up results."""
+"""scripts/opt.sh and llama.sh with a stand-in for python, and scripts/table.py on made-up results."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import main
 import opt
 from evalutils import SCHEMA, report
 from modelutils import METHODS, Clock, Layer, make_recipe
@@ -23,7 +24,7 @@ sys.path.insert(0, str(SCRIPTS))
 import table  # noqa: E402
 
 # ---------------------------------------------------------------------------
-# opt.sh
+# opt.sh and llama.sh
 
 STUB = """#!/usr/bin/env bash
 printf '%s\\t' "$@" >> "$LOG"
@@ -39,22 +40,29 @@ BITS |= {"awrq": {f"{bits}{s}" for bits in ("w4a8", "w4a6", "w3a8") for s in (""
 CELLS = {f"{method}-{bits}".rstrip("-") for method in BITS for bits in BITS[method]}
 
 
+LLAMA_CELLS = {"full", *(f"gptq-w{w}a16{smooth}" for w in (4, 3) for smooth in ("", "-smooth"))}
+for bits in ("w4a8", "w4a6", "w3a8"):
+    LLAMA_CELLS |= {f"{method}-{bits}" for method in ("rtn", "smoothquant")}
+    LLAMA_CELLS |= {f"{method}-{bits}{smooth}" for method in ("gptq", "awrq") for smooth in ("", "-smooth")}
+
+
 @pytest.fixture
 def sweep(tmp_path):
-    """Call it to run a copy of opt.sh, from a folder that is not the repository's: its result, and the arguments of every `python`."""
-    script = tmp_path / "my repo" / "scripts" / "opt.sh"
-    script.parent.mkdir(parents=True)
-    shutil.copy(SCRIPTS / "opt.sh", script)
+    """Call it to run a copy of a script, from a folder that is not the repository's: its result, and the arguments of every `python`."""
+    scripts = tmp_path / "my repo" / "scripts"
+    scripts.mkdir(parents=True)
+    for name in ("opt.sh", "llama.sh"):
+        shutil.copy(SCRIPTS / name, scripts / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
     (tmp_path / "bin/python").chmod(0o755)
     log = tmp_path / "log"
 
-    def run(*flags, fail="no such cell", **variables):
+    def run(*flags, script="opt.sh", fail="no such cell", **variables):
         log.write_text("")
         clean = {k: v for k, v in os.environ.items() if k not in ("OUT", "MODELS", "MODEL_PREFIX", "PYTHON")}
         env = clean | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(log), "FAIL": fail} | variables
-        done = subprocess.run(["bash", str(script), *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", str(scripts / script), *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         return done, [line.rstrip("\t").split("\t") for line in log.read_text().splitlines()]
 
     return run
@@ -80,6 +88,40 @@ def test_every_cell_is_a_command_that_opt_takes(sweep, tmp_path):
         assert recipe == Recipe(method, recipe.wbits, recipe.act_bits, smooth=smooth), "everything else as published, which is the default"
         assert args.data_dir == "my data"
     assert {path.relative_to(out / "66b").stem for path in (out / "66b").iterdir()} == CELLS
+
+
+def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
+    done, calls = sweep("--data_dir", "my data", "--batch_size", "auto", script="llama.sh")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "my repo/out/llama"
+    models = list(dict.fromkeys(args[1] for args in calls))
+    assert sorted(model.rpartition("/")[2].lower().removesuffix("-hf") for model in models) == sorted(
+        f"llama-{size}" for size in ("7b", "13b", "30b", "65b", "2-7b", "2-13b", "2-70b")
+    )
+    assert len(calls) == len(models) * len(LLAMA_CELLS)
+    for script, *argv in calls:
+        assert script == str(tmp_path / "my repo/main.py")
+        args = main.parser().parse_args(argv)
+        recipe = make_recipe(args, context=4096)
+        path = Path(args.output_path)
+        assert path.parent == out / args.model.rpartition("/")[2]
+        method, _, rest = path.stem.partition("-")
+        smooth = METHODS[method].smooth == (True,) or rest.endswith("-smooth")
+        bits = "w16a16" if method == "full" else rest.removesuffix("-smooth")
+        assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}", recipe.smooth) == (method, bits, smooth), path.stem
+        assert recipe == Recipe(method, recipe.wbits, recipe.act_bits, smooth=smooth, min=0.01), "everything else as published"
+        assert args.tasks == "piqa,arc_easy,arc_challenge,boolq,copa,storycloze" and args.eval == ""
+        assert args.data_dir == "my data" and args.batch_size == "auto"
+    assert {path.stem for path in (out / "Llama-2-70b-hf").iterdir()} == LLAMA_CELLS
+
+
+def test_llama_skips_finished_cells_and_names_failed_ones(sweep):
+    where = {"script": "llama.sh", "MODELS": "x/a b", "MODEL_PREFIX": "my models/", "OUT": "other"}
+    done, calls = sweep(fail="b/awrq-w4a6.json", **where)
+    assert len(calls) == 2 * len(LLAMA_CELLS) and {args[1] for args in calls} == {"my models/x/a", "my models/b"}
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "llama.sh: failed: b/awrq-w4a6"
+    done, calls = sweep(**where)
+    assert done.returncode == 0 and [Path(args[-1]).name for args in calls] == ["awrq-w4a6.json"]
 
 
 def test_finished_cells_are_skipped_and_failed_ones_named(sweep, tmp_path):
@@ -192,6 +234,67 @@ def test_published_values_only_beside_windows_of_their_length(results, tmp_path,
     }
 
 
+@pytest.fixture
+def task_results(results):
+    """Call it to write a result of tasks: task_results(file, model, {task: (acc, acc_norm)}, recipe settings..., edit=...)."""
+
+    def write(file, model, found, edit=lambda run: None, **settings):
+        def with_tasks(run):
+            rows = {
+                task: {"alias": task, "acc,none": acc, "acc_stderr,none": 0.01}
+                | ({"acc_norm,none": norm, "acc_norm_stderr,none": 0.02} if norm else {})
+                for task, (acc, norm) in found.items()
+            }
+            run["results"]["tasks"] = {
+                "results": rows,
+                "versions": dict.fromkeys(found, 1.0),
+                "n-shot": dict.fromkeys(found, 0),
+                "config": {"limit": None},
+                "lm_eval_version": "0.4.13",
+            }
+            run["protocol"]["tasks"] = {task: {"split": "validation", "source": "hub"} for task in found}
+            run["model_type"] = "llama"
+            edit(run)
+
+        results(file, model, {}, with_tasks, **settings)
+
+    return write
+
+
+def test_tasks_of_a_model_beside_the_published(task_results, tmp_path, capsys):
+    task_results("a.json", "huggyllama/llama-7b", {"piqa": (0.7812, 0.774), "copa": (0.84, None)}, method="full")
+    task_results("b.json", "huggyllama/llama-7b", {"piqa": (0.77, 0.77)}, method="awrq", wbits=4, act_bits=8)
+    task_results("c.json", "meta-llama/Llama-2-7b-hf", {"piqa": (0.77, 0.79)}, method="full")
+    found = tables(tmp_path / "opt", capsys)
+    assert list(found) == ["llama-7b, acc", "llama-7b, acc_norm", "Llama-2-7b-hf, acc", "Llama-2-7b-hf, acc_norm"]
+    acc = found["llama-7b, acc"]
+    assert acc["full"]["piqa"] == "78.12 ± 1.00 (78.18)" and acc["full"]["copa"] == "84.00 ± 1.00 (84.00)"
+    assert acc["full"]["average"] == "81.06 ± 0.71" and acc["full"]["published in"].startswith("EleutherAI/lm-evaluation-harness")
+    assert acc["awrq W4A8"]["piqa"] == "77.00 ± 1.00" and acc["awrq W4A8"]["copa"] == acc["awrq W4A8"]["average"] == "–"
+    assert found["llama-7b, acc_norm"]["smoothquant W6A6"]["piqa"] == "(76.75)", "of which we have no run"
+    assert found["Llama-2-7b-hf, acc_norm"]["full"]["piqa"] == "79.00 ± 2.00 (79.05)"
+    assert found["Llama-2-7b-hf, acc_norm"]["qqq W4A8, groupsize 128"]["piqa"] == "(78.51)"
+
+
+@pytest.mark.parametrize(
+    ("edit", "parts"),
+    [
+        (lambda run: run["protocol"]["tasks"]["piqa"].update(source="local"), ["piqa source", "local", "hub"]),
+        (lambda run: run["results"]["tasks"]["n-shot"].update(piqa=5), ["piqa shots", "5"]),
+        (lambda run: run["results"]["tasks"]["versions"].update(piqa=2.0), ["piqa version", "2.0"]),
+        (lambda run: run["results"]["tasks"]["config"].update(limit=10), ["limit", "10"]),
+        (lambda run: run["results"]["tasks"].update(lm_eval_version="0.5"), ["lm_eval", "0.5"]),
+        (lambda run: run["protocol"].update(dtype="float32"), ["dtype", "float32"]),
+        (lambda run: run["recipe"].update(method="full", wbits=16, act_bits=16), ["full of llama-7b again"]),
+    ],
+)
+def test_protocols_of_tasks_are_not_mixed(task_results, tmp_path, monkeypatch, capsys, edit, parts):
+    task_results("a.json", "llama-7b", {"piqa": (0.7, 0.7)}, method="full")
+    task_results("b.json", "llama-7b", {"piqa": (0.6, 0.6)}, edit, method="rtn", wbits=4, act_bits=8)
+    err = fails([tmp_path / "opt"], monkeypatch, capsys)
+    assert "b.json" in err and all(part in err for part in parts), err
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
@@ -240,8 +343,13 @@ def test_bad_input_is_one_line(results, tmp_path, monkeypatch, capsys):
 
 def test_published_values_have_sources():
     for family in json.loads((SCRIPTS / "published.json").read_text()).values():
-        for corpus in family.keys() - {"models", "seqlen"}:
-            assert family[corpus]["evaluation"]
-            for row in family[corpus]["rows"]:
+        for corpus in family.get("perplexity", {}).values():
+            assert corpus["evaluation"]
+            for row in corpus["rows"]:
                 assert row["source"] and row["recipe"].keys() <= table.DEFAULTS.keys() and len(row["ppl"]) == len(family["models"])
                 assert all(value is None or value > 9 for value in row["ppl"])
+        for tasks in family.get("tasks", []):
+            assert tasks["evaluation"]
+            for row in tasks["rows"]:
+                assert row["source"] and row["model"] and row["recipe"].keys() <= table.DEFAULTS.keys()
+                assert all(20 < value < 100 for metric in table.METRICS for value in row.get(metric, {}).values())

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The paper's zero-shot table for LLaMA: one line and one JSON per cell, $OUT/llama/MODEL/CELL.json.  Finished cells are skipped; a failed one
+# stops no other.
+#
+#   bash scripts/llama.sh                                    every model, smallest first; further flags go to each main.py
+#   MODELS="llama-7b" bash scripts/llama.sh --batch_size auto --data_dir DIR --skip_missing    some models, local tasks and corpora
+#   MODEL_PREFIX=demo/ MODELS=llama OUT=out/try bash scripts/llama.sh --data_dir demo/data --calib_data world --seqlen 256 \
+#       --tasks demo/tasks/world_deed.yaml,demo/tasks/world_why.yaml
+#   python scripts/table.py out/llama                        the table; use another OUT for other flags, it does not mix them
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
+OUT=${OUT:-$root/out}
+# folders or hub names under MODEL_PREFIX; LLaMA 1 has no home on the hub but copies, LLaMA 2 is gated: `hf auth login`
+MODELS=${MODELS:-huggyllama/llama-7b meta-llama/Llama-2-7b-hf huggyllama/llama-13b meta-llama/Llama-2-13b-hf huggyllama/llama-30b huggyllama/llama-65b meta-llama/Llama-2-70b-hf}
+MODEL_PREFIX=${MODEL_PREFIX-}
+PYTHON=${PYTHON:-python}
+flags=("$@")
+failed=""
+
+cell() { # cell NAME FLAGS...: one run for $model
+    local name=$1 json=$OUT/llama/${model##*/}/$1.json
+    shift
+    if [[ -e $json ]]; then
+        echo "== $model $name: done before"
+        return
+    fi
+    echo "== $model $name"
+    "$PYTHON" "$root/main.py" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 \
+        --tasks piqa,arc_easy,arc_challenge,boolq,copa,storycloze --table_results \
+        "$@" ${flags[@]+"${flags[@]}"} --output_path "$json" && [[ -e $json ]] || failed+=" $model/$name"
+}
+
+smooth="--smooth --alpha 0.50 --min 0.01"
+for model in $MODELS; do
+    cell full --method full
+    for bits in "4 8" "4 6" "3 8"; do
+        w=${bits% *} a=${bits#* }
+        quantized="--wbits $w --act_bits $a"
+        cell rtn-w${w}a$a --method rtn $quantized
+        cell smoothquant-w${w}a$a --method smoothquant $quantized --alpha 0.50 --min 0.01
+        cell gptq-w${w}a$a --method gptq $quantized --act_quant
+        cell gptq-w${w}a$a-smooth --method gptq $quantized --act_quant $smooth
+        cell awrq-w${w}a$a --method awrq $quantized
+        cell awrq-w${w}a$a-smooth --method awrq $quantized $smooth
+    done
+    cell gptq-w4a16 --method gptq --wbits 4 # the published gptq: weights only
+    cell gptq-w4a16-smooth --method gptq --wbits 4 $smooth
+    cell gptq-w3a16 --method gptq --wbits 3
+    cell gptq-w3a16-smooth --method gptq --wbits 3 $smooth
+done
+
+if [[ -n $failed ]]; then
+    echo "llama.sh: failed:$failed" >&2
+    exit 1
+fi
