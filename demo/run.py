@@ -1,15 +1,19 @@
-"""What quantization does to the demo's tiny OPT: perplexity of all six methods, over three calibration seeds.
+"""What quantization does to the demo's tiny models, over three calibration seeds: OPT's perplexity, LLaMA's accuracy on two tasks.
 
-python demo/run.py            (or `make demo`; about two minutes on a laptop's CPU)
+python demo/run.py            (or `make demo`; under three minutes on two CPU cores)
 
-Writes out/demo/opt.json and out/demo/opt.png.  This is a demonstration on a toy model with planted outlier channels, not the paper's table.
+Writes out/demo/{opt,llama}.json and out/demo/opt.png.  This is a demonstration on toy models with planted outlier channels, not the
+paper's tables.
 """
 
 import argparse
 import copy
+import io
+import logging
 import statistics
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from datautils import calibration, eval_tokens  # noqa: E402
-from evalutils import perplexity, table, versions, write_json  # noqa: E402
+from evalutils import accuracies, load_tasks, perplexity, table, task_protocol, versions, write_json, zero_shot  # noqa: E402
 from modelutils import METHODS, load_model, load_tokenizer, quantize_blocks  # noqa: E402
 from quant import Recipe  # noqa: E402
 
@@ -39,14 +43,19 @@ ROWS = {  # label: (method, smoothing, columns that it is run for)
     "gptq (16-bit activations)": ("gptq", False, ("W4A8", "W3A8")),
     "gptq + smoothing (16-bit activations)": ("gptq", True, ("W4A8", "W3A8")),
 }
+LLAMA_COLUMNS = ("W4A8", "W4A6")
+LLAMA_ROWS = {label: (method, smooth, LLAMA_COLUMNS) for label, (method, smooth, columns) in ROWS.items() if columns is COLUMNS}
+TASKS = ("world_deed", "world_why")
+N_ITEMS = 100  # of each task: the first ones
+FULL = "full (16-bit weights and activations)"
 COLOURS = plt.get_cmap("tab20").colors
 
 
-def recipes(nsamples, seqlen):
+def recipes(rows, **settings):
     """{(row, column): [Recipe of each seed that matters]}"""
-    base = Recipe(calib_data="world", nsamples=nsamples, seqlen=seqlen)
+    base = Recipe(calib_data="world", **settings)
     cells = {}
-    for label, (method, smooth, columns) in ROWS.items():
+    for label, (method, smooth, columns) in rows.items():
         for column in columns:
             wbits, act_bits = COLUMNS[column]
             recipe = replace(
@@ -61,9 +70,31 @@ def recipes(nsamples, seqlen):
     return cells
 
 
-def show(values):
-    """mean, and the spread over seeds (largest minus smallest)"""
-    return f"{statistics.mean(values):.3f}" + (f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "")
+def run_cells(name, model, tokenizer, cells, measure):
+    """({cell: [measure(quantized model) of each seed]}, the calibrations' protocols)"""
+    first = next(iter(cells.values()))[0]
+    ids = {seed: calibration("world", tokenizer, first.nsamples, first.seqlen, seed, ROOT / "demo/data") for seed in SEEDS}
+    results = {cell: [] for cell in cells}
+    with tqdm(total=sum(map(len, cells.values())), desc=f"demo, {name}", unit="run") as bar:
+        for cell, seeds in cells.items():
+            for recipe in seeds:
+                quantized = copy.deepcopy(model)
+                for _ in quantize_blocks(quantized, ids[recipe.seed][0], recipe, walk_batch=8):
+                    pass
+                results[cell].append(measure(quantized))
+                bar.update()
+    return results, {seed: how for seed, (_, how) in ids.items()}
+
+
+def show(values, digits=3):
+    """mean ± half the range over seeds"""
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
+
+
+def write_results(path, full, cells, results, what, **protocol):
+    """One JSON: every value of every cell with its recipe."""
+    runs = [{"row": r, "column": c, "recipe": asdict(cells[r, c][k]), what: v} for (r, c), vs in results.items() for k, v in enumerate(vs)]
+    write_json(path, {"full": full, "runs": runs, "protocol": protocol | {"dtype": "float32"}, "versions": versions()})
 
 
 def plot(path, full, results):
@@ -86,46 +117,66 @@ def plot(path, full, results):
     plt.close(fig)
 
 
-def main(args):
-    start = time.perf_counter()
+def opt(args, folder):
+    """The perplexity of the tiny OPT: table, picture, JSON."""
     model, tokenizer = load_model(ROOT / "demo/opt"), load_tokenizer(ROOT / "demo/opt")
     seqlen = model.config.max_position_embeddings
     text, evaluation = eval_tokens("world", tokenizer, seqlen, ROOT / "demo/data")
-    ids = {seed: calibration("world", tokenizer, args.nsamples, seqlen, seed, ROOT / "demo/data") for seed in SEEDS}
-    full = perplexity(model, text, seqlen, walk_batch=8)["ppl"]
-    cells, results = recipes(args.nsamples, seqlen), {}
-    with tqdm(total=sum(map(len, cells.values())), desc="demo", unit="run") as bar:
-        for cell, seeds in cells.items():
-            results[cell] = []
-            for recipe in seeds:
-                quantized = copy.deepcopy(model)
-                for _ in quantize_blocks(quantized, ids[recipe.seed][0], recipe, walk_batch=8):
-                    pass
-                results[cell].append(perplexity(quantized, text, seqlen, walk_batch=8)["ppl"])
-                bar.update()
 
+    def measure(model):
+        return perplexity(model, text, seqlen, walk_batch=8)["ppl"]
+
+    full, cells = measure(model), recipes(ROWS, nsamples=args.nsamples, seqlen=seqlen)
+    results, calibrations = run_cells("OPT", model, tokenizer, cells, measure)
     print("\nDEMO: a tiny OPT trained on a generated world, outlier channels planted (powers of two). Not the paper's table.")
     print(f"Perplexity on {evaluation['corpus']} {evaluation['split']}, mean ± half the range over {len(SEEDS)} calibration seeds\n")
     rows = [[label, *(show(results[label, c]) if (label, c) in results else "" for c in COLUMNS)] for label in ROWS]
-    print(table(["method", *COLUMNS], [["full (16-bit weights and activations)", *[f"{full:.3f}"] * len(COLUMNS)], *rows]))
+    print(table(["method", *COLUMNS], [[FULL, *[f"{full:.3f}"] * len(COLUMNS)], *rows]))
     rivals = [label for label, (method, _, _) in ROWS.items() if METHODS[method].weights and METHODS[method].acts[0]]
     for column in COLUMNS:
         best = min(rivals, key=lambda label: statistics.mean(results[label, column]))  # noqa: B023
         print(f"closest to full at {column}, of the methods that quantize weights and activations: {best}")
-
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     plot(folder / "opt.png", full, results)
-    runs = [{"row": r, "column": c, "recipe": asdict(cells[r, c][k]), "ppl": v} for (r, c), vs in results.items() for k, v in enumerate(vs)]
-    protocol = {"model": "demo/opt", "evaluation": evaluation, "calibration": {s: how for s, (_, how) in ids.items()}, "dtype": "float32"}
-    write_json(folder / "opt.json", {"full": full, "runs": runs, "protocol": protocol, "versions": versions()})
-    print(f"wrote {folder / 'opt.json'} and {folder / 'opt.png'} in {time.perf_counter() - start:.0f} s")
+    write_results(folder / "opt.json", full, cells, results, "ppl", model="demo/opt", evaluation=evaluation, calibration=calibrations)
+
+
+def llama(args, folder):
+    """The accuracies of the tiny LLaMA: table, JSON."""
+    model, tokenizer = load_model(ROOT / "demo/llama"), load_tokenizer(ROOT / "demo/llama")
+    tasks = load_tasks([str(ROOT / f"demo/tasks/{task}.yaml") for task in TASKS])
+
+    def measure(model):
+        with redirect_stderr(io.StringIO()):  # its bars, some for every run, would bury the table
+            found = accuracies(zero_shot(model, tokenizer, tasks, batch_size=32, limit=N_ITEMS))
+        return {task: 100 * found[task][0] for task in TASKS}
+
+    full = measure(model)
+    cells = recipes(LLAMA_ROWS, nsamples=args.nsamples, seqlen=model.config.max_position_embeddings, min=0.01)
+    results, calibrations = run_cells("LLaMA", model, tokenizer, cells, measure)
+    print("\nDEMO: a tiny LLaMA that knows the same world. Not the paper's table.")
+    print(f"Accuracy in percent on the first {N_ITEMS} items of each task, mean ± half the range over {len(SEEDS)} calibration seeds")
+    print("(chance is 25 for world_deed and 50 for world_why; the standard error of one value is up to 5)\n")
+    header = ["method", *(f"{task} {column}" for column in LLAMA_COLUMNS for task in TASKS)]
+    places = [(column, task) for column in LLAMA_COLUMNS for task in TASKS]
+    rows = [[label, *(show([v[task] for v in results[label, column]], 1) for column, task in places)] for label in LLAMA_ROWS]
+    print(table(header, [[FULL, *(f"{full[task]:.1f}" for _, task in places)], *rows]))
+    protocol = {"model": "demo/llama", "evaluation": {task.config.task: task_protocol(task) for task in tasks}, "limit": N_ITEMS}
+    write_results(folder / "llama.json", full, cells, results, "accuracy", **protocol, calibration=calibrations)
+
+
+def main(args):
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    start, folder = time.perf_counter(), Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    opt(args, folder)
+    llama(args, folder)
+    print(f"wrote {folder}/opt.json, opt.png and llama.json in {time.perf_counter() - start:.0f} s")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows (default 32)")
-    parser.add_argument("--out", default=str(ROOT / "out/demo"), help="folder for the JSON and the picture (default out/demo)")
+    parser.add_argument("--out", default=str(ROOT / "out/demo"), help="folder for the JSONs and the picture (default out/demo)")
     return parser.parse_args()
 
 
