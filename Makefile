@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(PY) demo/run.py
 
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -158,6 +158,24 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None):
     return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
 
 
+def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None):
+    """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
+
+    recipe: a quant.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
+    protocol.  clock: a modelutils.Clock.  Raises what check_corpora (first), calibration and eval_tokens raise.
+    """
+    calibrates = recipe.method != "full" and calibration_done is None
+    check_corpora(recipe.calib_data if calibrates else None, corpora, data_dir)
+    ids, used = None, calibration_done
+    if calibrates:
+        with clock("calibration"):
+            ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, data_dir)
+    with clock("evaluation"):
+        texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir) for name in corpora}
+    protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in texts.items()}}
+    return ids, {name: tokens for name, (tokens, _) in texts.items()}, protocol
+
+
 def check_corpora(calib_name, eval_names, data_dir=None):
     """Cheap checks before long work: each corpus is known, its file is there, and no text is used twice.  calib_name None: no calibration.
 
@@ -181,12 +199,17 @@ def _locate(name, use, data_dir):
     if data_dir is None:
         return corpus, splits[0], None
     for split in splits:
-        files = [file for suffix in SUFFIXES if (file := Path(data_dir, corpus.folder, split + suffix)).is_file()]
-        if len(files) > 1:
-            raise ValueError(f"{name}: {' and '.join(map(str, files))} are the same split; keep one of them")
-        if files:
-            return corpus, split, files[0]
+        if file := find_file(data_dir, corpus.folder, split):
+            return corpus, split, file
     raise FileNotFoundError(f"{name}: --data_dir {data_dir} has no {' or '.join(_file_names(corpus, split) for split in splits)}")
+
+
+def find_file(data_dir, folder, split, suffixes=SUFFIXES):
+    """data_dir/folder/split.SUFFIX, or None if there is none.  Raises ValueError if there are several."""
+    files = [file for suffix in suffixes if (file := Path(data_dir, folder, split + suffix)).is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{folder}: {' and '.join(map(str, files))} are the same split; keep one of them")
+    return files[0] if files else None
 
 
 def _corpus(name, data_dir):
@@ -232,7 +255,16 @@ def _read_hub(name, corpus, split):
 
 
 def _read_file(corpus, file):
-    parse = corpus.row if file.suffix == ".txt" else _json_text
+    return read_rows(file, corpus.row if file.suffix == ".txt" else _json_text), file_source(file)
+
+
+def file_source(file):
+    """How a protocol names a file of --data_dir: folder, name and checksum, no path of this machine."""
+    return f"{file.parent.name}/{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()})"
+
+
+def read_rows(file, parse):
+    """[parse(line)] of a text file, which may be gzipped.  ValueError, naming file and line, if it is broken or parse refuses a line."""
     rows = []
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
@@ -244,14 +276,19 @@ def _read_file(corpus, file):
         raise ValueError(f"{file}: not UTF-8 ({error.reason}); convert it") from error
     except ValueError as error:
         raise ValueError(f"{file}, line {len(rows) + 1}: {error}") from error
-    return rows, f"{corpus.folder}/{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()})"
+    return rows
+
+
+def parse_json(line):
+    """What a line of a .jsonl file holds.  ValueError if it is not JSON."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
 
 
 def _json_text(line):
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    record = parse_json(line)
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError('no string field "text"')
     return record["text"]

@@ -1,25 +1,84 @@
-"""The numbers: perplexity, and the report that carries every number with its protocol."""
+"""The numbers: perplexity, tasks of lm-evaluation-harness, and the report that carries every number with its protocol."""
 
+import difflib
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import tempfile
+import time
+import warnings
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
+import datasets
+import lm_eval
 import torch
 import torch.nn.functional as F
+from lm_eval.models import huggingface
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 from tqdm import tqdm
 
-from modelutils import FAMILIES, propagate, record_inputs, walk
+from datautils import file_source, find_file, parse_json, read_rows
+from modelutils import FAMILIES, METHODS, check_vocabulary, padded, placed, propagate, record_inputs, walk
+from quant import IntLinear, QuantLinear, Recipe
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
+
+
+NEW_EVAL = {"ptb": "ptb-new", "c4": "c4-new"}
+DATA = ("calib_data", "nsamples", "seqlen", "seed")  # settings of a recipe that are the same in a whole table
+TASKS = {"storycloze": "storycloze_2018"}  # the paper's names that mean something else to lm-eval
+
+# ---------------------------------------------------------------------------
+# All numbers of a run
+
+
+def plan(args, config, tokenizer):
+    """What the command line asks to evaluate, as far as it can be had: [corpus], [lm-eval's Task or Group], found before any long work.
+
+    Raises ValueError or OSError if that is nothing, if a task or its data is not there, if results cannot be written.
+    """
+    names = dict.fromkeys(name for name in args.eval.split(",") if name)
+    corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in names]
+    if not corpora and not args.tasks:
+        raise ValueError("nothing to evaluate: give --tasks or --eval")
+    if args.compare_full and args.method == "full":
+        raise ValueError("--compare_full: --method full has nothing to compare")
+    check_writable(args.output_path)
+    tasks = load_tasks(args.tasks.split(","), args.data_dir, args.num_fewshot, args.skip_missing) if args.tasks else []
+    for task in leaves(tasks):
+        check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
+    return corpora, tasks
+
+
+def evaluate(args, recipe, model, tokenizer, texts, tasks, clock):
+    """Every number of a model: {"perplexity": {corpus: see perplexity}, "tasks": see zero_shot, or {}}."""
+    results = {"perplexity": {}, "tasks": {}}
+    for name, tokens in texts.items():
+        with clock("evaluation"):
+            results["perplexity"][name] = perplexity(model, tokens, recipe.seqlen, args.device, args.walk_batch, name)
+    if tasks:
+        with clock("tasks"):
+            results["tasks"] = zero_shot(model, tokenizer, tasks, args.device, args.batch_size, args.num_fewshot, args.limit)
+    if args.benchmark:
+        with clock("benchmark"):
+            results["benchmark"] = decode(model, next(iter(texts.values()))[: args.benchmark], args.device, args.check)
+    return results
+
+
+# ---------------------------------------------------------------------------
+# Perplexity
 
 
 @torch.no_grad()
@@ -47,6 +106,209 @@ def perplexity(model, ids, seqlen, device="cpu", walk_batch=1, desc="evaluating"
     if not math.isfinite(value):
         raise FloatingPointError(f"{desc}: the perplexity is {value}")
     return {"ppl": value, "windows": sum(map(len, windows)), "seqlen": seqlen, "tokens": sum(w.numel() for w in windows)}
+
+
+@torch.no_grad()
+def decode(model, ids, device="cpu", check=False):
+    """Feed ids (N,) to the model one by one, with a cache, as it decodes: {"ms_per_token": the median, "tokens": N}.
+
+    check: also "ppl", exp of the mean negative log-likelihood of the tokens but the first; each token's activations then have scales of
+    their own.  Raises ValueError if there are fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
+    ids, cache, milliseconds, losses = ids.to(device), None, [], []
+    with placed(model, device):
+        for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
+            start = time.perf_counter()
+            out = model(ids[None, i : i + 1], past_key_values=cache, use_cache=True)
+            if ids.device.type == "cuda":
+                torch.cuda.synchronize(ids.device)
+            milliseconds.append(1000 * (time.perf_counter() - start))
+            cache = out.past_key_values
+            if check and i + 1 < len(ids):
+                losses.append(F.cross_entropy(out.logits[0].float(), ids[i + 1 : i + 2]).double())
+    ppl = {"ppl": torch.stack(losses).mean().exp().item()} if check else {}
+    return {"ms_per_token": statistics.median(milliseconds), "tokens": len(ids)} | ppl
+
+
+# ---------------------------------------------------------------------------
+# Tasks
+
+
+@functools.cache
+def task_manager(everything):
+    """lm-eval's index of task names, or one that only knows files.  It reads many files for the first, which takes seconds."""
+    return TaskManager(include_defaults=everything)
+
+
+def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
+    """lm-eval's tasks and groups, data included: [Task or Group].  patterns: names, with wildcards as in lm-eval, or YAML files of tasks.
+
+    data_dir: a folder NAME/SPLIT.jsonl[.gz] has the rows of each task, as the hub has them; the hub is then not asked, and groups become
+    their tasks.  Raises ValueError for an unknown task, OSError if data is missing, unless skip_missing (then a warning) leaves some.
+    """
+    manager = task_manager(not all(map(_is_yaml, patterns)))
+    names = dict.fromkeys(name for pattern in patterns for name in _matching(TASKS.get(pattern, pattern), manager))
+    loaded = []
+    for name in names:
+        try:
+            if data_dir is None or _is_yaml(name):
+                loaded += _load(name, name, manager)
+            else:
+                for leaf in _members(name, manager):
+                    loaded += _load_local(leaf, manager, data_dir, num_fewshot)
+        except OSError as e:
+            if not skip_missing:
+                raise
+            warnings.warn(f"skipped: {e}", stacklevel=2)
+    if not loaded:
+        raise OSError(f"--tasks {','.join(patterns)}: the data of none of them is there")
+    return loaded
+
+
+def leaves(tasks):
+    """The tasks themselves, those of groups included."""
+    return [leaf for task in tasks for leaf in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
+
+
+def sample_text(task, n=100):
+    """Prompts and answers of the first n items of a task, as far as they are plain text."""
+    texts = (text for doc, _ in zip(task.eval_docs, range(n), strict=False) for text in (task.doc_to_text(doc), task.doc_to_target(doc)))
+    return "\n".join(["a", *(text for text in texts if isinstance(text, str))])
+
+
+def _is_yaml(name):
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def _matching(pattern, manager):
+    """Names of tasks, groups and tags, or the YAML file itself."""
+    if _is_yaml(pattern):
+        if not Path(pattern).is_file():
+            raise FileNotFoundError(f"--tasks {pattern}: no such file")
+        return [pattern]
+    found = manager.match_tasks([pattern])
+    if not found:
+        near = difflib.get_close_matches(pattern, manager.all_tasks)
+        raise ValueError(f"unknown task {pattern!r}; nearest: {', '.join(near) or 'none'}; `lm_eval ls tasks` prints all")
+    return found
+
+
+def _members(name, manager):
+    """Names of the tasks of a tag or group, or the task's own."""
+    entry = manager.task_index[name]
+    children = sorted(entry.tags) if name in manager.all_tags else entry.cfg["task"] if name in manager.all_groups else None
+    if children is None:
+        return [name]
+    children = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in children]
+    return [leaf for child in children for leaf in _members(child, manager)]
+
+
+def _load(name, spec, manager):
+    """The task, group or tasks of a name, a file or a configuration, with their data."""
+    try:
+        loaded = manager.load([spec])
+    except Exception as e:  # whatever the hub, the network, or a task's own code raises, the way out is the same
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        raise OSError(f"{name}: its data cannot be loaded ({reason}); {_way_out(name)}") from e
+    grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    members = {group for group in loaded["groups"].values() for group in group.get_all_groups()}
+    return [g for g in loaded["groups"].values() if g not in members] + [t for t in loaded["tasks"].values() if t not in grouped]
+
+
+def _way_out(name, split="validation"):
+    way = f"give --data_dir DIR with {name}/{split}.jsonl in it, or --skip_missing"
+    if name.startswith("storycloze"):
+        way += "; StoryCloze is licensed: ask for it at https://cs.rochester.edu/nlp/rocstories/ and convert it as README.md says"
+    return way
+
+
+def _load_local(name, manager, data_dir, num_fewshot):
+    """A task on the rows of data_dir/name; all else is lm-eval's own, which its YAML includes.  See load_tasks."""
+    config = manager.task_index[name].cfg
+    splits = {use: config.get(f"{use}_split") for use in ("test", "validation", "training", "fewshot")}
+    files = {s: file for s in splits.values() if s and (file := find_file(data_dir, name, s, (".jsonl", ".jsonl.gz")))}
+    needed = [splits["test"] or splits["validation"]]
+    if needed[0] not in files and splits["validation"] in files:
+        warnings.warn(f"{name}: --data_dir {data_dir} has no {name}/{needed[0]}.jsonl; evaluated is validation", stacklevel=2)
+        needed = [splits["validation"]]
+    if num_fewshot or config.get("num_fewshot"):
+        needed.append(next(s for use in ("fewshot", "training", "validation", "test") if (s := splits[use])))
+    for split in needed:
+        if split not in files:
+            raise FileNotFoundError(f"{name}: --data_dir {data_dir} has no {name}/{split}.jsonl; {_way_out(name, split)}")
+    changes = {f"{use}_split": None for use, split in splits.items() if split not in files}  # lm-eval reads what it does not use, too
+    changes |= {"include": str(manager.task_index[name].yaml_path), "dataset_kwargs": {"files": {s: str(f) for s, f in files.items()}}}
+    with tempfile.TemporaryDirectory() as folder:
+        spec = Path(folder, f"{name}.yaml")
+        spec.write_text(json.dumps(changes)[:-1] + ', "custom_dataset": !function evalutils.local_rows}', encoding="utf-8")
+        return _load(name, str(spec), manager)
+
+
+def local_rows(files, **_metadata):
+    """The splits of a task, for lm-eval's custom_dataset.  files: {split: file}"""
+    return datasets.DatasetDict({s: datasets.Dataset.from_list(read_rows(Path(file), parse_json)) for s, file in files.items()})
+
+
+def task_protocol(task):
+    """What an lm-eval task is evaluated on: {"split", "source"}."""
+    config = task.config
+    split, kwargs = config.test_split or config.validation_split, config.dataset_kwargs or {}
+    if config.custom_dataset is local_rows:
+        return {"split": split, "source": file_source(Path(kwargs["files"][split]))}
+    return {"split": split, "source": ", ".join(map(str, filter(None, (config.dataset_path, config.dataset_name)))) or "the task's own"}
+
+
+class QuantizedLM(huggingface.HFLM):
+    """lm-eval's adapter and scorer for a model of transformers, which also tells quantized linears which tokens are padding."""
+
+    lengths = None  # (B,): tokens of each row of the batch to come; None: there is no padding
+
+    def __init__(self, model, tokenizer, batch_size=1):
+        """batch_size: a number or "auto"."""
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        check_vocabulary(self.config, [torch.tensor(context + continuation) for _, context, continuation in requests])
+
+        def pad(length, rows, **side):
+            self.lengths = torch.tensor([len(row) for row in rows])
+            return huggingface_pad(length, rows, **side)
+
+        # The scorer pads with token 0, which can be a real one, and passes neither lengths nor a mask on: here it still knows them.
+        huggingface_pad = huggingface.pad_and_concat
+        with patch.object(huggingface, "pad_and_concat", pad):
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps, **kwargs):
+        lengths, self.lengths = self.lengths, None
+        real = None if lengths is None else (torch.arange(inps.shape[1]) < lengths[:, None]).to(inps.device)
+        with padded(self.model, real):
+            return super()._model_call(inps, **kwargs)
+
+    def _model_generate(self, context, **kwargs):
+        with padded(self.model, kwargs["attention_mask"].bool()):
+            return super()._model_generate(context, **kwargs)
+
+
+def zero_shot(model, tokenizer, tasks, device="cpu", batch_size=1, num_fewshot=None, limit=None):
+    """What lm-eval finds on tasks (see load_tasks), with its versions and settings, ready for JSON.
+
+    batch_size: a number or "auto"; results do not depend on it.  num_fewshot: examples before each item, None: as the task says.  limit:
+    items per task, or a share of them if below 1.
+    """
+    with placed(model, device):
+        found = lm_eval.simple_evaluate(
+            QuantizedLM(model, tokenizer, batch_size),
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=False,
+            task_manager=task_manager(False),
+        )
+    return json.loads(json.dumps(found, default=handle_non_serializable), parse_constant=lambda constant: None)
 
 
 # ---------------------------------------------------------------------------
@@ -98,15 +360,18 @@ def peak_bytes(device):
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
-def report(args, recipe, model, protocol, results, layers, clock):
-    """Everything about one run, ready for JSON."""
+def report(args, recipe, model, protocol, tasks, results, full, layers, clock):
+    """Everything about one run, ready for JSON.  results, full: of the quantized model, and of the unquantized one if asked for."""
+    protocol = protocol | {"tasks": {task.config.task: task_protocol(task) for task in leaves(tasks)}}
     return {
         "schema": SCHEMA,
         "model": args.model,
         "model_type": model.config.model_type,
         "recipe": asdict(recipe),
-        "protocol": protocol | {"dtype": str(model.dtype).removeprefix("torch.")},
-        "results": {"perplexity": {}, "tasks": {}} | results,
+        "protocol": protocol
+        | {"dtype": str(model.dtype).removeprefix("torch."), "walk_batch": args.walk_batch, "arithmetic": arithmetic(model)},
+        "results": results,
+        "full": full,
         "layers": [asdict(layer) for layer in layers],
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
         "peak_bytes": peak_bytes(args.device),
@@ -114,6 +379,89 @@ def report(args, recipe, model, protocol, results, layers, clock):
         "commit": commit(),
         "hardware": hardware(args.device),
     }
+
+
+def arithmetic(model):
+    """How its quantized linears are computed, in words."""
+    kinds = Counter(
+        f"integers ({m.kernel or 'default'} kernel)" if isinstance(m, IntLinear) else "floating point, on dequantized numbers"
+        for m in model.modules()
+        if isinstance(m, IntLinear | QuantLinear)
+    )
+    return "; ".join(f"{n} linears in {kind}" for kind, n in kinds.items()) or "as the model came"
+
+
+def recipe_name(recipe):
+    """What a recipe, a dict of Recipe's fields, is called: method, bits and every setting that is not the default."""
+    method = recipe["method"]
+    name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
+    if recipe["smooth"] and (method not in METHODS or False in METHODS[method].smooth):
+        name += " + smoothing"
+    for setting, default in asdict(Recipe()).items():
+        used = recipe["smooth"] or setting not in ("alpha", "min")
+        if used and setting not in ("method", "wbits", "act_bits", "smooth", *DATA) and recipe[setting] != default:
+            name += f", {setting}" if recipe[setting] is True else f", {setting} {recipe[setting]}"
+    return name
+
+
+def accuracies(found, metric="acc"):
+    """{task: (value, standard error or None)} of what zero_shot returned, without groups."""
+    key, error = f"{metric},none", f"{metric}_stderr,none"
+    rows = {name: row for name, row in found["results"].items() if key in row and name not in found.get("groups", {})}
+    return {name: (row[key], row[error] if isinstance(row.get(error), float) else None) for name, row in rows.items()}
+
+
+def average(values):
+    """Mean of [(value, standard error or None)], with its own standard error."""
+    n = len(values)
+    errors = [error for _, error in values if error is not None]
+    return sum(value for value, _ in values) / n, math.hypot(*errors) / n if len(errors) == n else None
+
+
+def task_table(runs):
+    """Markdown: every metric of every task, and the average accuracy.  runs: {label: what zero_shot returned}, of the same tasks."""
+    rows = []
+
+    def add(*first, value, error):
+        rows.append((*first, f"{value:.4f}" if isinstance(value, float) else value, "" if error is None else f"{error:.4f}"))
+
+    first = next(iter(runs.values()))
+    for task, row in first["results"].items():
+        for key in row:
+            metric, _, name = key.partition(",")
+            if name and not metric.endswith("_stderr"):
+                for label, found in runs.items():
+                    error = found["results"][task].get(f"{metric}_stderr,{name}")
+                    value = found["results"][task][key]
+                    add(task, first["n-shot"].get(task, ""), metric, label, value=value, error=error if isinstance(error, float) else None)
+    for label, found in runs.items():
+        if values := list(accuracies(found).values()):
+            value, error = average(values)
+            add("average", "", "acc", label, value=value, error=error)
+    return table(("task", "shots", "metric", "model", "value", "stderr"), rows)
+
+
+def publish(args, report):
+    """Print the tables of a report and how they came about, and write it to --output_path."""
+    name = recipe_name(report["recipe"])
+    runs = ({"full": report["full"]} if report["full"] else {}) | {name: report["results"]}
+    rows = [
+        (corpus, label, f"{r['ppl']:.4f}", r["windows"], r["seqlen"])
+        for corpus in report["results"]["perplexity"]
+        for label, run in runs.items()
+        for r in (run["perplexity"][corpus],)
+    ]
+    if rows:
+        print(table(("corpus", "model", "perplexity", "windows", "tokens each"), rows))
+    if report["results"]["tasks"]:
+        found = {label: run["tasks"] for label, run in runs.items()}
+        print(task_table(found) if args.table_results else json.dumps({label: run["results"] for label, run in found.items()}, indent=1))
+    for label, decoded in ((label, run["benchmark"]) for label, run in runs.items() if "benchmark" in run):
+        ppl = f", perplexity {decoded['ppl']:.4f}" if "ppl" in decoded else ""
+        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}{ppl}")
+    print(describe(report))
+    if args.output_path:
+        write_json(args.output_path, report)
 
 
 def describe(report):
@@ -130,6 +478,7 @@ def describe(report):
         f"{report['model']}: {recipe['method']}, W{recipe['wbits']}A{recipe['act_bits']}, group {recipe['groupsize']}, {protocol['dtype']}"
         + "".join(f", {option}" for option in options),
         calib,
+        f"arithmetic: {protocol['arithmetic']}",
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
         "peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in peak.items() if value is not None),
     ]

@@ -120,7 +120,7 @@ def quantize(W, stats, recipe, name, target=None):
     zero; if all are, W is rounded to nearest, with a warning.  Raises FloatingPointError if H has NaN or Inf.
     """
     diagonal = stats.H.diagonal()
-    if not diagonal.isfinite().all():
+    if not diagonal.sum().isfinite():  # of finite squares too, if their mean is not: damping is a share of it
         raise FloatingPointError(f"{name}: NaN or Inf in the statistics of its inputs")
     dead = diagonal == 0
     if dead.all():

@@ -1,7 +1,10 @@
 """Walking a decoder block by block: which linears read what, what a method needs, capture, smoothing, rounding, propagation."""
 
 import argparse
+import logging
+import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -12,6 +15,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -19,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 import awrq
 import gptq
 import quant
-from quant import Batch, Grid, QuantLinear, Recipe, from_int
+from quant import Batch, Grid, IntLinear, QuantLinear, Recipe, from_int
 from smoothquant import AbsMax, fold, smooth_scale
 
 # ---------------------------------------------------------------------------
@@ -33,13 +37,16 @@ class Group:
     producer: str  # takes 1/s of a smoothing scale
     linears: tuple[str, ...]
     exact: Callable = lambda config: True  # whether 1/s can go into the producer without changing the function
+    rows: Callable = lambda config: None  # (C,): the row of the producer that each column of the input comes from, if not its own
 
 
 @dataclass(frozen=True)
 class Family:
+    script: str  # the one that takes it
     blocks: str  # the list of decoder blocks
     after: tuple[str, ...]  # from the last block's output to the logits; a module that a model lacks is skipped
     groups: tuple[Group, ...]  # in the order of execution
+    flat: tuple[str, ...] = ()  # linears that read (B * T, C)
 
 
 def opt_pre_norm(config):
@@ -47,8 +54,32 @@ def opt_pre_norm(config):
     return config.do_layer_norm_before and config.layer_norm_elementwise_affine
 
 
+def value_rows(config):
+    """The row of v_proj that each column of o_proj reads: with grouped-query attention, query heads in a row share a head of values."""
+    heads, shared = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.arange(heads * head_dim).view(heads, 1, head_dim).expand(-1, shared, -1).flatten()
+
+
+LLAMA = Family(  # an RMSNorm feeds nothing else, v is linear, and up is multiplied by the gate after it: every fold is exact
+    script="main.py",
+    blocks="model.layers",
+    after=("model.norm", "lm_head"),
+    groups=(
+        Group("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Group("self_attn.v_proj", ("self_attn.o_proj",), rows=value_rows),
+        Group("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Group("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+)
+
 FAMILIES = {  # by config.model_type
+    "llama": LLAMA,  # LLaMA 1, 2 and 3
+    "mistral": LLAMA,
+    "qwen2": LLAMA,  # biases on q, k, v
+    "qwen3": LLAMA,  # norms on q and k, after their linears
     "opt": Family(
+        script="opt.py",
         blocks="model.decoder.layers",
         after=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
         groups=(
@@ -57,6 +88,7 @@ FAMILIES = {  # by config.model_type
             Group("final_layer_norm", ("fc1",), opt_pre_norm),
             Group("fc1", ("fc2",), lambda config: config.activation_function == "relu"),  # relu(s x) = s relu(x)
         ),
+        flat=("fc1", "fc2"),
     ),
 }
 
@@ -86,18 +118,33 @@ METHODS = {
 # Loading
 
 
-def load_config(name, families):
-    """The configuration of a local folder or hub model.  OSError if there is none, ValueError if its model_type is not in `families`."""
+def load_config(name, script=None):
+    """The configuration of a local folder or hub model.
+
+    Raises OSError if there is none, ValueError if its family is not in the table, is another script's (None: any) or cannot be walked.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # transformers raises whatever its validators do
+        if os.path.isfile(os.path.join(name, "config.json")):
+            raise OSError(f"{name}: its config.json is not one that transformers {transformers.__version__} takes ({_reason(e)})") from e
         raise OSError(
             f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
-            f" ({_first_line(e)}); a gated model needs `hf auth login`"
+            f" ({_reason(e)}); a gated model needs `hf auth login`"
         ) from e
-    if config.model_type not in families:
-        raise ValueError(f"{name} is a {config.model_type} model; this script takes {', '.join(families)}")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{name} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}")
+    if script not in (None, FAMILIES[config.model_type].script):
+        raise ValueError(f"{name} is a {config.model_type} model: run it with {FAMILIES[config.model_type].script}")
+    check_one_attention(config)
     return config
+
+
+def check_one_attention(config):
+    """Raises ValueError if blocks get different masks: those of the first are recorded and replayed for all."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if len(kinds) > 1:
+        raise ValueError(f"this {config.model_type} model has blocks of {' and '.join(kinds)}; only one kind per model is supported")
 
 
 def load_tokenizer(name):
@@ -105,40 +152,54 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as e:  # transformers raises whatever its backends do
-        raise OSError(f"{name}: no usable tokenizer there ({_first_line(e)}); save it into the model's folder") from e
+        raise OSError(f"{name}: no usable tokenizer there ({_reason(e)}); save it into the model's folder") from e
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where it finds no files
+        raise OSError(f"{name}: no tokenizer there, or one without a vocabulary; save it into the model's folder")
     if get_tokenizer_config(name).get("add_bos_token") and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         tokenizer.add_bos_token = True
     return tokenizer
 
 
 def check_vocabulary(config, texts):
-    """Raises ValueError if a text, ids (N,) or (n, T), has a token that the model does not know."""
-    largest = max(int(ids.max()) for ids in texts)
+    """Raises ValueError if a text, ids (N,) or (n, T) or None, has a token that the model does not know."""
+    largest = max((int(ids.max()) for ids in texts if ids is not None), default=0)
     if largest >= config.vocab_size:
         raise ValueError(f"the tokenizer gives token {largest}, the model knows {config.vocab_size}: they do not belong together")
 
 
-def load_model(name, dtype="auto", device="cpu"):
-    """The model in host memory and evaluation mode, from safetensors only; "auto" is the checkpoint's type, but float32 to run on a CPU.
+def run_dtype(dtype, device):
+    """What a --dtype means on a device: "auto", which is the checkpoint's, is float32 on a CPU."""
+    return "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype
 
-    Raises OSError if there are no such weights, FloatingPointError if one is NaN or Inf, with its name.
+
+def load_model(name, dtype="auto", device="cpu"):
+    """The model in host memory and evaluation mode, from safetensors only; dtype: see run_dtype.
+
+    Raises OSError if there are no such weights, ValueError if one is missing or of another shape than the configuration says,
+    FloatingPointError if one is NaN or Inf, with its name.
     """
-    dtype = "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except OSError as e:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=run_dtype(dtype, device), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as e:
         raise OSError(
-            f"{name}: no loadable *.safetensors weights there ({_first_line(e)}); pickled weights are not read,"
+            f"{name}: no loadable *.safetensors weights there ({_reason(e)}); pickled weights are not read,"
             " convert them with save_pretrained() of transformers"
         ) from e
+    for what, keys in (("missing", found["missing_keys"]), ("of another shape than config.json says", found["mismatched_keys"])):
+        if keys:  # transformers has drawn them at random
+            first = min(key if isinstance(key, str) else key[0] for key in keys)
+            raise ValueError(f"{name}: the weight {first} is {what} ({len(keys)} such); save the model again")
     for key, p in tqdm(model.state_dict().items(), desc="checking weights", unit="tensor", leave=False):
         if p.is_floating_point() and not p.isfinite().all():
             raise FloatingPointError(f"{name}: NaN or Inf in the weight {key}")
     return model.eval()
 
 
-def _first_line(error):
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _reason(error):
+    """The first line of an error's message, and those that it announces with a colon."""
+    return " ".join(re.match(r"(.*:\n)*.*", str(error).strip())[0].split()).rstrip(".")
 
 
 # ---------------------------------------------------------------------------
@@ -177,30 +238,32 @@ def decoder_blocks(model):
 
 
 @contextmanager
-def only_first_block(model):
-    """Shorten the model to its first block; the others stay where they are."""
+def shortened(model, n):
+    """Shorten the model to its first n blocks; the others stay where they are."""
     path, _, name = FAMILIES[model.config.model_type].blocks.rpartition(".")
     parent, blocks = model.get_submodule(path), decoder_blocks(model)
-    setattr(parent, name, blocks[:1])
+    setattr(parent, name, blocks[:n])
     try:
         yield
     finally:
         setattr(parent, name, blocks)
 
 
+@torch.no_grad()
 def record_inputs(model, batches, device):
     """What enters the first block.  batches: iterable of (B, T) token ids.
 
     Returns ([(B, T, D) on the device], {(B, T): the block's keyword arguments}).  The arguments (masks, positions, rotary tables) are
-    opaque: they are recorded and replayed as they are, so transformers may rename them.
+    opaque: they are recorded and replayed as they are, so transformers may rename them.  Raises ValueError if blocks get different ones.
     """
+    check_one_attention(model.config)
     inputs, kwargs = [], {}
 
     def record(block, args, kw):
         inputs.append(args[0])
         kwargs[args[0].shape[:2]] = kw
 
-    with only_first_block(model):
+    with shortened(model, 1):
         model.to(device)
         handle = decoder_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)
         for ids in batches:
@@ -240,6 +303,72 @@ def walk(model, device, desc):
     for i, block in enumerate(tqdm(decoder_blocks(model), desc=desc, unit="block", leave=False)):
         yield i, block.to(device)
         block.to("cpu")
+
+
+@contextmanager
+def padded(model, real):
+    """Tell the quantized linears of a model which tokens of its next batches are no padding: real (B, T) bool, or None for all."""
+    batches = {module.batch for module in model.modules() if isinstance(module, QuantLinear | IntLinear)}
+    for batch in batches:
+        batch.real = None if real is None or real.all() else real
+    try:
+        yield
+    finally:
+        for batch in batches:
+            batch.real = None
+
+
+@contextmanager
+def placed(model, device, memory=None):
+    """The whole model on the device, ready for model(ids), and back in host memory afterwards.
+
+    memory: bytes that it may take there; by default three quarters of what is free on a GPU, and no limit on a CPU.  Blocks beyond that
+    stay in host memory, and each is copied to the device for the time that it runs.
+    """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if torch.device(device).type == "cuda" else math.inf
+    blocks = decoder_blocks(model)
+    with shortened(model, 0):
+        fit = (memory - _bytes(model)) / _bytes(blocks[0])
+    fit = len(blocks) if fit >= len(blocks) else max(0, int(fit) - 1)  # one place is for those that pass through
+    with shortened(model, fit):
+        model.to(device)
+    handles, drops = [], []
+    for block in blocks[fit:]:
+        fetch, drop = _visits(block, device)
+        handles += block.register_forward_pre_hook(fetch), block.register_forward_hook(drop)
+        drops.append(drop)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for drop in drops:
+            drop()
+        model.to("cpu")
+
+
+def _tensors(module):
+    return *module.parameters(), *module.buffers()
+
+
+def _bytes(module):
+    return sum(tensor.nbytes for tensor in _tensors(module))
+
+
+def _visits(block, device):
+    """Two hooks: one copies the tensors of a block to the device, the other puts those in host memory back in their place."""
+    home = [(tensor, tensor.data) for tensor in _tensors(block)]
+
+    def fetch(*_):
+        for tensor, data in home:
+            tensor.data = data.to(device)
+
+    def drop(*_):
+        for tensor, data in home:
+            tensor.data = data
+
+    return fetch, drop
 
 
 def propagate(block, x, kwargs, name):
@@ -287,11 +416,11 @@ class FirstSequence:
 
 
 def output_error(W, x, linear):
-    """sum |W x - Q xq|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if x is all zero."""
+    """sum |W x - Q xq|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if W x is all zero."""
     y = x.float() @ W.T
     xq = quant.fake_quant_act(x[None], linear.act_bits, linear.per_token)[0]
-    error = (y - xq.float() @ linear.weight.float().T).square().sum() / y.square().sum()
-    return error.nan_to_num(0).item()
+    lost, whole = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (y - xq.float() @ linear.weight.float().T, y))
+    return (lost / whole) ** 2 if whole else 0.0
 
 
 def replace_linears(block, groups, batch):
@@ -311,7 +440,7 @@ def smooth_block(block, groups, linears, config, recipe, absmax):
     scales = {group: smooth_scale(absmax[group].max, weights[group], recipe.alpha, recipe.min) for group in groups}
     for group, s in scales.items():
         producer = block.get_submodule(group.producer) if group.exact(config) else None
-        fold(s, [linears[name] for name in group.linears], producer)
+        fold(s, [linears[name] for name in group.linears], producer, group.rows(config))
 
 
 def round_group(linears, method, stats, recipe, name):
@@ -325,56 +454,82 @@ def round_group(linears, method, stats, recipe, name):
 
 
 @torch.no_grad()
-def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None):
+def quantize_block(i, block, x, kwargs, config, recipe, batch, clock):
+    """Quantize decoder block i in place and replace its inputs x, [(B, T, D)], by its outputs: [Layer] and {name: (codes, Grid)}."""
+    name, layers, codes, device = f"block {i}", [], {}, x[0].device
+    groups, method = FAMILIES[config.model_type].groups, METHODS[recipe.method]
+    linears = replace_linears(block, groups, batch)
+    first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
+    if recipe.smooth:
+        with clock("smoothing"):
+            absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
+            observe(block, x, kwargs, name, {first[group]: (absmax[group],) for group in groups})
+            smooth_block(block, groups, linears, config, recipe, absmax)
+    for step in [(group,) for group in groups] if recipe.true_sequential else [groups]:
+        with clock("statistics"):
+            sample = {group: FirstSequence() for group in step}
+            stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
+            observe(block, x, kwargs, name, {first[g]: (sample[g], *([stats[g]] if stats else ())) for g in step})
+        for group in step:
+            names = group.linears
+            originals = [linears[n].weight.data for n in names]
+            if method.weights:
+                with clock("solving"):
+                    rounded = round_group([linears[n] for n in names], method, stats.pop(group, None), recipe, f"{name} {'/'.join(names)}")
+                codes |= dict(zip(names, rounded, strict=True))
+            for n, W in zip(names, originals, strict=True):
+                if n in codes:
+                    linears[n].weight.data = from_int(*codes[n])
+                linears[n].settle(recipe.act_bits, recipe.act_pertoken)
+                layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
+    with clock("propagation"):
+        propagate(block, x, kwargs, name)
+    return layers, codes
+
+
+def quantize_or_restore(i, block, x, kwargs, config, recipe, batch, clock, store):
+    """quantize_block, but if the store has block i, what that gave when it was quantized."""
+    if store and i < store.finished:
+        return store.restore(i, block, FAMILIES[config.model_type].groups, batch, x)
+    layers, codes = quantize_block(i, block, x, kwargs, config, recipe, batch, clock)
+    if store:
+        store.keep(i, block, layers, codes, x)
+    return layers, codes
+
+
+def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None, store=None):
     """Quantize the decoder blocks of a model in place, one on the device at a time, first to last.
 
     ids (n, T): calibration sequences.  The inputs of a block come from the quantized blocks before it.  Yields for each block [Layer] and
-    {name: (codes (R, C) uint8, Grid)}, which is empty if weights are not rounded.  Raises FloatingPointError, naming block and layer,
-    where NaN or Inf turns up.
+    {name: (codes (R, C) uint8, Grid)}, which is empty if weights are not rounded.  store: a checkpoint.Store, which keeps finished blocks
+    and gives back those that it has.  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
-    groups, method = FAMILIES[model.config.model_type].groups, METHODS[recipe.method]
     clock, batch = clock or Clock(device), Batch()
-    if method.stats is None and not recipe.smooth:
+    if METHODS[recipe.method].stats is None and not recipe.smooth:
         ids = ids[:1]  # nothing to learn from the others: the first is for the errors
     with clock("capture"):
         x, kwargs = record_inputs(model, ids.split(walk_batch), device)
     for i, block in walk(model, device, f"quantizing ({recipe.method})"):
-        name, layers, codes = f"block {i}", [], {}
-        linears = replace_linears(block, groups, batch)
-        first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
-        if recipe.smooth:
-            with clock("smoothing"):
-                absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
-                observe(block, x, kwargs, name, {first[group]: (absmax[group],) for group in groups})
-                smooth_block(block, groups, linears, model.config, recipe, absmax)
-        for step in [(group,) for group in groups] if recipe.true_sequential else [groups]:
-            with clock("statistics"):
-                sample = {group: FirstSequence() for group in step}
-                stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
-                observe(block, x, kwargs, name, {first[g]: (sample[g], *([stats[g]] if stats else ())) for g in step})
-            for group in step:
-                names = group.linears
-                originals = [linears[n].weight.data for n in names]
-                if method.weights:
-                    with clock("solving"):
-                        rounded = round_group(
-                            [linears[n] for n in names], method, stats.pop(group, None), recipe, f"{name} {'/'.join(names)}"
-                        )
-                    codes |= dict(zip(names, rounded, strict=True))
-                for n, W in zip(names, originals, strict=True):
-                    if n in codes:
-                        linears[n].weight.data = from_int(*codes[n])
-                    linears[n].settle(recipe.act_bits, recipe.act_pertoken)
-                    layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
-        with clock("propagation"):
-            propagate(block, x, kwargs, name)
-        yield layers, codes
+        # no name for it: it must not outlive its block
+        yield quantize_or_restore(i, block, x, kwargs, model.config, recipe, batch, clock, store)
 
 
-def quantize(model, ids, recipe, device, walk_batch, clock):
-    """quantize_blocks to the end, printing the output error of every linear as blocks are finished: [Layer] of the whole model."""
+def quantize(model, ids, recipe, device, walk_batch, clock, store=None, writers=()):
+    """quantize_blocks to the end, printing the output error of every linear as blocks are finished: [Layer] of the whole model.
+
+    writers: checkpoint.Writers, which get every block.
+    """
+
+    def write(block):
+        for writer in writers:
+            with clock("writing"):
+                writer.add(block[0][0].block, block[1])
+        return block[0]
+
     layers = []
-    for done, _ in quantize_blocks(model, ids, recipe, device, walk_batch, clock):
+    if recipe.method == "full":
+        return layers
+    for done in map(write, quantize_blocks(model, ids, recipe, device, walk_batch, clock, store)):
         tqdm.write(
             f"block {done[0].block}: output errors  " + "  ".join(f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
         )
@@ -404,6 +559,8 @@ class Parser(argparse.ArgumentParser):
     def run(self, main):
         """main(args); what it raises about bad input, or about NaN met on the way, becomes such a line."""
         transformers.logging.set_verbosity_error()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", DeprecationWarning)  # those of libraries are not the user's business
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
             main(self.parse_args())
@@ -414,9 +571,11 @@ class Parser(argparse.ArgumentParser):
 def device(name):
     """torch.device of --device, which must be there."""
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds no such device here ({_first_line(e)}); use cpu") from e
+        raise argparse.ArgumentTypeError(f"{name}: PyTorch finds no such device here ({_reason(e)}); use cpu") from e
 
 
 def positive(number):
@@ -426,9 +585,31 @@ def positive(number):
     return int(number)
 
 
-def add_args(parser, smallest_scale):
-    """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family."""
-    parser.add_argument("model", metavar="MODEL", help="hub name or local folder with config.json, tokenizer and *.safetensors")
+def whole(number):
+    """A whole number of at least 0."""
+    if int(number) < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return int(number)
+
+
+def batch_size(number):
+    """A whole number of at least 1, or "auto"."""
+    return number if number == "auto" else positive(number)
+
+
+def share(number):
+    """A number of items, or a share of them between 0 and 1."""
+    value = float(number)
+    if not (0 < value < 1 or value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{number}: must be a whole number of items, or a share between 0 and 1")
+    return value if value < 1 else int(value)
+
+
+def add_args(parser, smallest_scale, corpora):
+    """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family; corpora: that of --eval."""
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="hub name or local folder with config.json, tokenizer, *.safetensors; --load needs none"
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="full", help="how to quantize (default %(default)s: not at all)")
@@ -442,7 +623,12 @@ def add_args(parser, smallest_scale):
     smooth = parser.add_argument_group("smoothing")
     smooth.add_argument("--smooth", action="store_true", help="smooth activations first (implied by smoothquant)")
     smooth.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
-    smooth.add_argument("--min", type=float, default=smallest_scale, help="smallest smoothing scale (default %(default)s, as in the paper)")
+    smooth.add_argument(
+        "--min",
+        type=float,
+        default=smallest_scale,
+        help="smallest smoothing scale (default %(default)s; opt.py 0.1, main.py 0.01, as in the paper)",
+    )
 
     solver = parser.add_argument_group("solver (gptq, awrq)")
     solver.add_argument("--percdamp", type=float, default=0.01, help="damping, as a share of the mean Hessian diagonal (default 0.01)")
@@ -459,6 +645,46 @@ def add_args(parser, smallest_scale):
     data.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default 0)")
     data.add_argument("--data_dir", metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded")
 
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--eval",
+        default=corpora,
+        metavar="CORPORA",
+        help=f"perplexity on these, comma list: wikitext2, ptb, c4, ptb-new, c4-new, folders of --data_dir (default {corpora or 'none'})",
+    )
+    evaluation.add_argument(
+        "--new-eval", action="store_true", help="ptb-new for ptb and c4-new for c4: GPTQ's later protocols, not the paper's"
+    )
+
+    tasks = parser.add_argument_group("tasks (lm-evaluation-harness)")
+    tasks.add_argument("--tasks", metavar="NAMES", help="comma list, wildcards or YAML files of lm-eval; storycloze is storycloze_2018")
+    tasks.add_argument("--num_fewshot", type=whole, metavar="N", help="examples before each item (default: as the task says, else 0)")
+    tasks.add_argument(
+        "--batch_size", type=batch_size, default=1, metavar="N", help="items run together, or auto (default 1); changes no result"
+    )
+    tasks.add_argument("--limit", type=share, metavar="N", help="items per task, the first ones; below 1 a share of them (default: all)")
+    tasks.add_argument("--skip_missing", action="store_true", help="leave out tasks whose data is not there")
+    tasks.add_argument("--table_results", action="store_true", help="print the tasks as a Markdown table (default: as JSON)")
+    tasks.add_argument("--compare_full", action="store_true", help="evaluate the unquantized model too, corpora and tasks, in the same run")
+
+    packed = parser.add_argument_group("packed checkpoints")
+    packed.add_argument("--save", metavar="FOLDER", help="write the quantized model, its codes packed, into a new folder")
+    packed.add_argument("--load", metavar="FOLDER", help="evaluate what --save wrote, in place of quantizing")
+    packed.add_argument("--checkpoint_dir", metavar="FOLDER", help="keep finished blocks there, and go on after the last one it has")
+    packed.add_argument(
+        "--export", nargs=2, metavar=("FORMAT", "FOLDER"), help="write the model for others into a new folder; FORMAT: compressed-tensors"
+    )
+    packed.add_argument(
+        "--kernel",
+        choices=("auto", "cuda", "torch"),
+        default="auto",
+        help="with --load: what computes integers; auto (default): cuda on a GPU if its kernels can be built, else torch",
+    )
+    packed.add_argument(
+        "--benchmark", type=positive, metavar="TOKENS", help="decode so many tokens of the first corpus one by one: milliseconds per token"
+    )
+    packed.add_argument("--check", action="store_true", help="with --benchmark: their perplexity too")
+
     run = parser.add_argument_group("run")
     gpu = torch.cuda.is_available()
     run.add_argument("--device", type=device, default="cuda" if gpu else "cpu", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
@@ -467,6 +693,21 @@ def add_args(parser, smallest_scale):
         "--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory); changes no result"
     )
     run.add_argument("--output_path", metavar="FILE", help="write results and their whole protocol to this JSON")
+
+
+def prepare(args, script):
+    """What a script needs to know of its model before it loads any weights: configuration, recipe, tokenizer.
+
+    Raises what load_config, make_recipe and load_tokenizer raise.  Fills in args.walk_batch.
+    """
+    if args.model is None:
+        raise ValueError("give MODEL, or --load FOLDER")
+    config = load_config(args.model, script)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{args.model} is quantized already; give the original, or --load for what --save wrote")
+    recipe = make_recipe(args, config.max_position_embeddings)
+    args.walk_batch = args.walk_batch or default_walk_batch(config, recipe.seqlen, args.device)
+    return config, recipe, load_tokenizer(args.model)
 
 
 def make_recipe(args, context):

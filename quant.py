@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
 from kernels import act_codes
 
 
@@ -112,13 +113,22 @@ def fake_quant_act(x, bits, per_token=False):
 
 
 class Batch:
-    """How many sequences run through a model now: its blocks report it, its linears read it, as OPT flattens x to (B * T, C) before fc1."""
+    """The sequences that run through a model now: its blocks report how many, its linears read it, as OPT flattens x to (B * T, C)."""
 
     size = 1
+    real = None  # (B, T) bool: which tokens are no padding; None: all
 
     def observe(self, block, args, kwargs):
         """Forward pre-hook of a decoder block, whose first input is (B, T, D)."""
         self.size = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    def split(self, x):
+        """x as (B, T, C), its padding zero: as every range includes 0, a sequence is then quantized as it would be alone."""
+        x = x.reshape(self.size, -1, x.shape[-1])
+        if self.real is None or x.shape[1] == 1:  # a step of a generation: the token just made
+            return x
+        assert self.real.shape == x.shape[:2], f"{tuple(self.real.shape)} tokens announced, {tuple(x.shape)} met"
+        return x.masked_fill(~self.real[..., None], 0)
 
 
 class QuantLinear(nn.Module):
@@ -138,8 +148,8 @@ class QuantLinear(nn.Module):
         self.batch = batch
 
     def smoothed(self, x):
-        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale."""
-        x = x.reshape(self.batch.size, -1, x.shape[-1])
+        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale; zero where there is padding."""
+        x = self.batch.split(x)
         return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
 
     def settle(self, act_bits, per_token):
@@ -157,3 +167,30 @@ class QuantLinear(nn.Module):
     def extra_repr(self):
         R, C = self.weight.shape
         return f"{C}, {R}, bias={self.bias is not None}, act_bits={self.act_bits}, per_token={self.per_token}"
+
+
+class IntLinear(nn.Module):
+    """A quantized linear layer computed in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
+
+    Made from a settled QuantLinear and the codes q (R, C) uint8 and Grid of its weight, of at most 4 bits.
+    """
+
+    def __init__(self, linear, q, grid, kernel=None):
+        super().__init__()
+        for name, value in kernels.prepare(q, grid.scale, grid.zero, grid.groupsize, linear.bias)._asdict().items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self.register_buffer("in_scale", linear.in_scale)
+        self.act_bits, self.per_token, self.batch, self.kernel = linear.act_bits, linear.per_token, linear.batch, kernel
+
+    smoothed = QuantLinear.smoothed
+
+    def forward(self, x):
+        weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))
+        y = kernels.w4a8_linear(self.smoothed(x), weight, self.act_bits, self.per_token, kernel=self.kernel)
+        return y.view(*x.shape[:-1], -1)
+
+    def extra_repr(self):
+        return f"{self.columns}, {self.rows}, groupsize={self.groupsize}, act_bits={self.act_bits}, per_token={self.per_token}"

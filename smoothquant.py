@@ -20,15 +20,21 @@ def smooth_scale(act_max, weights, alpha, minimum):
     return (act_max**alpha / weight_max ** (1 - alpha)).clamp(min=minimum)
 
 
-def fold(s, linears, producer=None):
+def fold(s, linears, producer=None, rows=None):
     """W <- W * s and x <- x / s, which changes no function.  s (C,); linears: the QuantLinears that read x.
 
     producer: the norm (weight (C,)) or linear (weight (C, K): its rows) that x comes from and depends on linearly, which takes 1/s; without
-    one, the linears divide by `in_scale` at run time.
+    one, the linears divide by `in_scale` at run time.  rows (C,): the row of the producer that each column of x comes from, where several
+    come from the same; their scales are made equal, to the largest of them.
     """
+    folded = s
+    if producer is not None and rows is not None:
+        rows = rows.to(s.device)
+        folded = s.new_zeros(len(producer.weight)).scatter_reduce(0, rows, s, "amax")
+        s = folded[rows]
     for linear in linears:
         linear.weight.mul_(s)
         linear.in_scale = s if producer is None else None
     for p in (producer.weight, getattr(producer, "bias", None)) if producer is not None else ():
         if p is not None:
-            p.copy_((p.float().movedim(0, -1) / s).movedim(-1, 0))
+            p.copy_((p.float().movedim(0, -1) / folded).movedim(-1, 0))

@@ -67,25 +67,22 @@ def show(values):
 
 
 def plot(path, full, results):
-    """Grouped bars, one group per bit width, from the full model's perplexity upwards; whiskers from the best to the worst seed."""
-    fig, ax = plt.subplots(figsize=(10, 4.5))
-    for k, label in enumerate(ROWS):
-        for i, column in enumerate(COLUMNS):
-            values = results.get((label, column))
+    """A panel per bit width: what each method adds to the full model's perplexity; whiskers from the best to the worst seed."""
+    fig, axes = plt.subplots(1, len(COLUMNS), figsize=(12, 3.8), sharey=True, constrained_layout=True)
+    for ax, column in zip(axes, COLUMNS, strict=True):
+        for y, label in enumerate(ROWS):
+            values = [ppl - full for ppl in results.get((label, column), ())]
             if values:
                 mean = statistics.mean(values)
-                spread = [[mean - min(values)], [max(values) - mean]]
-                x = i + (k - len(ROWS) / 2 + 0.5) * 0.1
-                ax.bar(x, mean - full, 0.09, full, yerr=spread, color=COLOURS[k], capsize=2, label=label if i == 0 else None)
-    ax.axhline(full, color="black", linewidth=1, label="full (16-bit weights and activations)")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.set_xticks(range(len(COLUMNS)), COLUMNS)
-    ax.set_ylabel("perplexity on held-out stories (log)")
-    ax.set_title("Demo: a tiny OPT with planted outlier channels (lower is better)")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    fig.savefig(path, dpi=150, bbox_inches="tight")
+                ax.barh(y, mean, color=COLOURS[y], xerr=[[mean - min(values)], [max(values) - mean]], capsize=3)
+                ax.text(max(values), y, f"  {mean:.3f}", va="center")
+        ax.margins(x=0.3)
+        ax.set_title(column)
+    axes[0].set_yticks(range(len(ROWS)), ROWS)
+    axes[0].invert_yaxis()
+    fig.supxlabel(f"added perplexity on held-out stories (full model: {full:.3f}); each panel has its own scale")
+    fig.suptitle("Demo: a tiny OPT with planted outlier channels (lower is better)")
+    fig.savefig(path, dpi=150)
     plt.close(fig)
 
 
@@ -108,9 +105,7 @@ def main(args):
                 bar.update()
 
     print("\nDEMO: a tiny OPT trained on a generated world, outlier channels planted (powers of two). Not the paper's table.")
-    print(
-        f"Perplexity on {evaluation['corpus']} {evaluation['split']}, mean ± half the range over {len(SEEDS)} calibration seeds; full: {full:.3f}\n"
-    )
+    print(f"Perplexity on {evaluation['corpus']} {evaluation['split']}, mean ± half the range over {len(SEEDS)} calibration seeds\n")
     rows = [[label, *(show(results[label, c]) if (label, c) in results else "" for c in COLUMNS)] for label in ROWS]
     print(table(["method", *COLUMNS], [["full (16-bit weights and activations)", *[f"{full:.3f}"] * len(COLUMNS)], *rows]))
     rivals = [label for label, (method, _, _) in ROWS.items() if METHODS[method].weights and METHODS[method].acts[0]]

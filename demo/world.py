@@ -15,7 +15,6 @@ N_TRAIN, N_TEST, N_ITEMS = 560, 280, 250  # stories of train.txt (the first of t
 WOMEN = ["Anna", "Clara", "Emma", "Grace", "Ida", "Kate", "Mary", "Olga"]
 MEN = ["Ben", "David", "Frank", "Henry", "Jack", "Leo", "Noah", "Peter"]
 PEOPLE = dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
-SURNAMES = ["Finch", "Frost", "Hale", "Kemp", "Lane", "Marsh", "Moss", "Nash", "Pike", "Reed", "Rowe", "Snow", "Stone", "Vale", "Webb", "Wren"]
 HIM = {"he": "him", "she": "her"}
 ROOFED = {name: f"in the {name}" for name in ("attic", "barn", "cave", "cellar", "kitchen", "library", "mill", "school", "shop", "tower")}
 OPEN = {name: f"in the {name}" for name in ("field", "forest", "garden", "street", "valley")}
@@ -55,7 +54,6 @@ class Story:
             self.people, self.things, self.places = rng.sample(list(PEOPLE), 3), rng.sample(THINGS, 2), rng.sample(list(PLACES), 4)
             if is_held_out(self.people[0], self.things[0], self.places[0]) == held_out:
                 break
-        self.surname = dict(zip(self.people, rng.sample(SURNAMES, 3), strict=True))
         self.pet, self.animal, self.owner = rng.choice(PETS), rng.choice(list(SOUNDS)), rng.choice(self.people)
         self.colour = dict(zip(self.things, rng.sample(COLOURS, 2), strict=True))
         # a story is either about what they like to eat or about who is brave
@@ -65,26 +63,13 @@ class Story:
         self.at = {hero: self.places[0], friend: rng.choice(self.places[:2]), third: rng.choice(self.places[1:])}  # who or what -> place
         self.at |= {self.pet: self.at[self.owner], self.things[1]: rng.choice(self.places)}
         self.holder = {self.things[0]: hero}  # thing -> person; the thing is then where the person is
-        self.told, self.subject = [], None  # sentences, and the person that the last one was about
+        self.told = []  # sentences
         self.begin()
 
     # wording
 
-    def say(self, *wordings):
-        sentence = self.rng.choice(wordings)
+    def say(self, sentence):
         self.told.append(sentence[0].upper() + sentence[1:])
-
-    def name(self, person):
-        """By name or, where the last sentence was about the same person, sometimes by pronoun."""
-        pronoun = person == self.subject and self.rng.random() < 0.3
-        self.subject = person
-        return PEOPLE[person] if pronoun else self.full(person)
-
-    def full(self, person):
-        return f"{person} {self.surname[person]}" if self.rng.random() < 0.6 else person
-
-    def the(self, thing):
-        return f"the {self.colour[thing]} {thing}" if self.rng.random() < 0.6 else f"the {thing}"
 
     # what is so
 
@@ -116,23 +101,24 @@ class Story:
     # the beginning and the end
 
     def begin(self):
-        (hero, friend, third), (mine, other) = [f"{person} {self.surname[person]}" for person in self.people], self.things
-        when = self.rng.choice(("one day", "one morning", "one evening", "long ago", "last summer"))
-        self.say(f"{when} {hero} was {self.there(self.people[0])} with a {self.colour[mine]} {mine}.")
-        facts = [f"{friend} was {self.there(self.people[1])}.", f"{third} was {self.there(self.people[2])}."]
-        facts += [f"{self.full(self.owner)} had a {self.animal} called {self.pet}."]
+        (hero, friend, third), (mine, other) = self.people, self.things
+        self.say(
+            f"{self.rng.choice(('one day', 'long ago', 'last summer'))} {hero} was {self.there(hero)} with a {self.colour[mine]} {mine}."
+        )
+        facts = [f"{friend} was {self.there(friend)}.", f"{third} was {self.there(third)}."]
+        facts += [f"{self.owner} had a {self.animal} called {self.pet}."]
         facts += [f"there was a {self.colour[other]} {other} {self.there(other)}."]
         for person in self.people:
             trait = f"liked {self.likes[person]}" if self.likes else "was brave" if self.brave[person] else "was timid"
-            facts.append(f"{self.full(person)} {trait}.")
+            facts.append(f"{person} {trait}.")
         for fact in self.rng.sample(facts, len(facts)):
             self.say(fact)
 
     def end(self):
-        ends = [f"{self.full(person)} was {self.there(person)}." for person in self.people] + [f"{self.pet} was {self.there(self.pet)}."]
+        ends = [f"{person} was {self.there(person)}." for person in self.people] + [f"{self.pet} was {self.there(self.pet)}."]
         for thing in self.things:
-            ends.append(f"{self.the(thing)} was {f'with {self.full(self.holder[thing])}' if thing in self.holder else self.there(thing)}.")
-        first, *others = self.rng.sample(ends, 4)
+            ends.append(f"the {thing} was {f'with {self.holder[thing]}' if thing in self.holder else self.there(thing)}.")
+        first, *others = self.rng.sample(ends, len(ends))
         for end in (f"in the end {first}", *others):
             self.say(end)
 
@@ -140,19 +126,13 @@ class Story:
 
     def go(self):
         person = self.rng.choice(self.people)
-        place, a = self.elsewhere(person), self.name(person)
-        mine = [thing for thing, holder in self.holder.items() if holder == person and self.rng.random() < 0.5]
-        to = f"to the {place}{f' with {self.the(mine[0])}' if mine else ''} and {habit(person, place)}"
-        then = self.rng.choice(("then ", "soon ", "after that ", "later ", "", ""))
-        self.say(f"{then}{a} went {to}.", f"{then}{a} walked {to}.")
+        place = self.elsewhere(person)
+        self.say(f"{self.rng.choice(('then ', 'soon ', ''))}{person} went to the {place} and {habit(person, place)}.")
         follows = person == self.owner and self.at[self.pet] == self.at[person] and self.rng.random() < 0.7
         self.at[person] = place
         if follows:
             self.at[self.pet] = place
-            self.say(f"{self.pet} followed {HIM[PEOPLE[person]]}.", f"{self.pet} went along.")
-        friends = " and ".join(self.full(friend) for friend in self.near(person, self.people))
-        if friends:
-            self.say(f"there {self.name(person)} met {friends}.", f"{friends} said hello.")
+            self.say(f"{self.pet} followed {HIM[PEOPLE[person]]} to the {place}.")
         return True
 
     def take(self):
@@ -160,8 +140,7 @@ class Story:
         if not pairs:
             return False
         person, thing = self.rng.choice(pairs)
-        a, it = self.name(person), self.the(thing)
-        self.say(f"{a} saw {it} and picked it up.", f"{a} picked up {it}.", f"{a} took {it}.")
+        self.say(f"{person} took the {thing}.")
         del self.at[thing]
         self.holder[thing] = person
         return True
@@ -172,8 +151,7 @@ class Story:
         thing = self.rng.choice(list(self.holder))
         person = self.holder.pop(thing)
         self.at[thing] = self.at[person]
-        a, it = self.name(person), self.the(thing)
-        self.say(f"{a} put {it} down {self.there(thing)}.", f"{a} left {it} {self.there(thing)}.", f"{a} hid {it} {self.there(thing)}.")
+        self.say(f"{person} {self.rng.choice(('left', 'hid'))} the {thing} {self.there(thing)}.")
         return True
 
     def give(self):
@@ -181,23 +159,8 @@ class Story:
         if not pairs:
             return False
         thing, other = self.rng.choice(pairs)
-        giver, it = self.holder[thing], self.the(thing)
-        a = self.name(giver)
-        asked = f"{self.full(other)} asked for {it}, so {self.full(giver)} gave it to {HIM[PEOPLE[other]]}."
-        self.say(f"{a} gave {it} to {self.full(other)}.", f"{a} gave {self.full(other)} {it}.", asked)
+        self.say(f"{self.holder[thing]} gave the {thing} to {other}.")
         self.holder[thing] = other
-        return True
-
-    def look(self):
-        person, thing = self.rng.choice(self.people), self.rng.choice(self.things)
-        if self.holder.get(thing) == person:
-            return False
-        a, it = self.name(person), self.the(thing)
-        if thing in self.holder:
-            self.say(f"{a} looked for {it}, but {self.full(self.holder[thing])} had it.")
-        else:
-            self.say(f"{a} looked for {it} and found it {self.there(thing)}.")
-            self.at[person] = self.at[thing]
         return True
 
     def ask(self):
@@ -207,20 +170,20 @@ class Story:
         if holder == asker:
             return False
         if self.rng.random() < 0.3:
-            self.say(f'"What colour is the {thing}?" asked {self.full(asker)}. "It is {self.colour[thing]}," said {self.full(answerer)}.')
+            question, answer = f"What colour is the {thing}?", f"It is {self.colour[thing]}"
         else:
-            answer = f"It is {self.there(thing)}" if holder is None else "I have it" if holder == answerer else f"{self.full(holder)} has it"
-            self.say(f'"Where is {self.the(thing)}?" asked {self.full(asker)}. "{answer}," said {self.full(answerer)}.')
-        self.subject = answerer
+            question = f"Where is the {thing}?"
+            answer = f"It is {self.there(thing)}" if holder is None else "I have it" if holder == answerer else f"{holder} has it"
+        self.say(f'"{question}" asked {asker}. "{answer}," said {answerer}.')
         return True
 
     def run(self):
         if self.at[self.pet] == self.at[self.owner]:
             away = self.at[self.pet] = self.elsewhere(self.pet)
-            self.say(f"{self.pet} ran away to the {away}.", f"the {self.animal} {SOUNDS[self.animal]} and ran off to the {away}.")
+            self.say(f"{self.pet} {SOUNDS[self.animal]} and ran away to the {away}.")
         else:
             self.at[self.pet] = self.at[self.owner]
-            self.say(f"{self.full(self.owner)} called, and {self.pet} came back.", f"{self.pet} {SOUNDS[self.animal]} and ran back to {self.owner}.")
+            self.say(f"{self.pet} {SOUNDS[self.animal]} and ran back to {self.owner}.")
         return True
 
     def befall(self):
@@ -229,8 +192,7 @@ class Story:
             return False
         self.say(cause)
         for what in self.rng.sample(list(fares), len(fares)):
-            self.say(f"{self.full(what) if what in self.people else what} {fares[what]}")
-        self.subject = None
+            self.say(f"{what} {fares[what]}")
         return True
 
     def go_on(self):
@@ -241,32 +203,26 @@ class Story:
 
     # what the tasks ask: (stem, choices, the right one), or None where the question has no answer
 
-    def who(self):
-        if not self.holder:
-            return None
-        thing = self.rng.choice(list(self.holder))
-        names = {person: f"{person} {self.surname[person]}." for person in self.people}
-        return f"In the end {self.the(thing)} was with", list(names.values()), names[self.holder[thing]]
-
-    def where(self):
-        what = self.rng.choice([*self.people, *self.lying(), self.pet])
-        the = self.the(what) if what in self.things else self.full(what) if what in self.people else what
-        return f"In the end {the} was", [f"{PLACES[place]}." for place in self.places], f"{self.there(what)}."
+    def deed(self):
+        person = self.rng.choice(self.people)
+        place = self.elsewhere(person)
+        right = habit(person, place)
+        others = self.rng.sample([deed for deed in DEEDS if deed != right], 3)
+        return f"{person} went to the {place} and", self.rng.sample([f"{deed}." for deed in [right, *others]], 4), f"{right}."
 
     def why(self):
         cause, fares = self.rng.choice(list(self.consequences().items()))
         if cause in self.told:
             return None
         what, other = self.rng.sample(list(fares), 2)
-        return f"{cause} {self.full(what) if what in self.people else what}", sorted([fares[what], OPPOSITES.get(fares[what], fares[other])]), fares[what]
+        return f"{cause} {what}", sorted([fares[what], OPPOSITES.get(fares[what], fares[other])]), fares[what]
 
     def text(self):
         return " ".join(self.told)
 
 
-EVENTS = {Story.go: 6, Story.take: 4, Story.leave: 2, Story.give: 5, Story.look: 1}  # how often each is drawn
-EVENTS |= {Story.ask: 2, Story.run: 2, Story.befall: 3}
-TASKS = {"world_who": Story.who, "world_where": Story.where, "world_why": Story.why}
+EVENTS = {Story.go: 6, Story.take: 4, Story.leave: 2, Story.give: 5, Story.ask: 4, Story.run: 2, Story.befall: 3}  # how often each is drawn
+TASKS = {"world_deed": Story.deed, "world_why": Story.why}
 
 
 def stories(seed, held_out=False):
@@ -283,13 +239,13 @@ def items(task, seed):
     """Endless items of a task: a held-out story up to the stem of a sentence, and choices to go on, of which each in turn is the answer."""
     rng = Random(f"{task} {seed}")
     for turn in count():
-        answer = None
-        while answer is None or answer != turn % len(choices):
+        while True:
             story = Story(rng, held_out=True)
             story.go_on()
-            stem, choices, right = TASKS[task](story) or ("", [""], None)
-            answer = choices.index(right) if right else None
-        yield {"context": f"{story.text()} {stem}", "choices": choices, "answer": answer}
+            stem, choices, right = TASKS[task](story) or ("", [""], "")
+            if right and choices.index(right) == turn % len(choices):
+                break
+        yield {"context": f"{story.text()} {stem}", "choices": choices, "answer": choices.index(right)}
 
 
 def write(folder):

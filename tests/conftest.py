@@ -24,17 +24,23 @@ QKV, OUT, FC1, FC2 = (
     ("fc1",),
     ("fc2",),
 )
+O_PROJ, GATE_UP, DOWN = ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": CONTEXT,
+    "vocab_size": len(WORDS),
+}
+LLAMA = {
+    "settings": SIZES | {"intermediate_size": 64, "num_key_value_heads": 4, "pad_token_id": None, "bos_token_id": 2, "eos_token_id": 2},
+    "groups": (QKV, O_PROJ, GATE_UP, DOWN),
+    "absorb": {"self_attn.v_proj": O_PROJ, "mlp.up_proj": DOWN},
+}
+GROUPED = {"num_key_value_heads": 2}
 TINY = {
     "opt": {
-        "settings": {
-            "hidden_size": 32,
-            "ffn_dim": 64,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "word_embed_proj_dim": 32,
-            "max_position_embeddings": CONTEXT,
-            "vocab_size": len(WORDS),
-        },
+        "settings": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
         "variants": {
             "pre-norm": {},
             "post-norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # as OPT-350m, with project_in and project_out
@@ -45,7 +51,32 @@ TINY = {
         "absorb": {"self_attn.v_proj": OUT, "fc1": FC2},  # rows of these take 1/s of the smoothing scale of those, unless those keep it
         "in_scale": {"pre-norm": (), "post-norm": QKV + FC1, "gelu": FC2, "bare": QKV + FC1},
     },
+    "llama": LLAMA
+    | {
+        "variants": {
+            "plain": {},  # as LLaMA 1
+            "grouped": GROUPED | {"attention_bias": True, "mlp_bias": True},  # several query heads read one head of keys and values
+            "llama3": GROUPED
+            | {
+                "tie_word_embeddings": True,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 4.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+        },
+    },
+    "mistral": LLAMA
+    | {"variants": {"sliding": GROUPED | {"sliding_window": 12}, "wide": GROUPED | {"head_dim": 16, "sliding_window": None}}},
+    "qwen2": LLAMA | {"variants": {"grouped": GROUPED}},
+    "qwen3": LLAMA | {"variants": {"wide": {"num_key_value_heads": 1, "head_dim": 16}}},
 }
+for row in TINY.values():
+    row.setdefault("in_scale", dict.fromkeys(row["variants"], ()))
 VARIANTS = [(family, variant) for family in FAMILIES for variant in TINY[family]["variants"]]
 
 

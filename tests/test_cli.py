@@ -74,6 +74,7 @@ def json_of(cli, tiny_opt, corpora, tmp_path):
 AWRQ = ("--method", "awrq", "--wbits", "4")
 GROUPED = (*AWRQ, "--groupsize", "12")
 SMOOTH = (*AWRQ, "--smooth")
+TASK = ("--tasks", SCRIPT.parent / "demo/tasks/world_why.yaml", "--limit", "4")
 
 
 def numbers(run):
@@ -111,14 +112,21 @@ FLAGS = {
     "--output_path": (("--method", "full"), ("schema", SCHEMA), None),
     "--eval": (("--eval", "wikitext2"), ("results", "perplexity", "wikitext2", "seqlen", 16), None),
     "--new-eval": (("--eval", "ptb", "--new-eval"), ("results", "perplexity", "ptb-new", "seqlen", 16), None),
+    "--tasks": (TASK, ("results", "tasks", "n-samples", "world_why", "effective", 4), None),
+    "--limit": ((*TASK, "--limit", "3"), ("results", "tasks", "n-samples", "world_why", "effective", 3), None),
+    "--num_fewshot": ((*TASK, "--num_fewshot", "0"), ("results", "tasks", "n-shot", "world_why", 0), None),
+    "--batch_size": ((*TASK, "--batch_size", "2"), ("results", "tasks", "config", "batch_size", 2), None),
+    "--compare_full": ((*AWRQ, "--compare_full"), ("full", "perplexity", "own", "seqlen", 16), None),
 }
+BY_THEMSELVES = {"--table_results", "--skip_missing"}
+BY_THEMSELVES |= {"--save", "--load", "--export", "--checkpoint_dir", "--kernel", "--benchmark", "--check"}
 
 
 def test_every_flag_has_help_and_a_test():
     actions = [action for action in opt.parser()._actions if "--help" not in action.option_strings]
     for action in actions:
         assert action.help and len(action.help) > 10, action
-    assert {option for action in actions for option in action.option_strings} == set(FLAGS)
+    assert {option for action in actions for option in action.option_strings} == set(FLAGS) | BY_THEMSELVES
 
 
 def test_help(cli):
@@ -158,15 +166,50 @@ def test_every_method_runs_and_reports(json_of, method):
     assert run["model_type"] == "opt" and run["results"]["tasks"] == {}
     assert (run["protocol"]["calibration"] is None) == (method == "full")
     ppl = run["results"]["perplexity"]["own"]
-    assert re.search(rf"^\| own +\| +{ppl['ppl']:.4f} \| +{ppl['windows']} \| +16 \|$", run["out"], re.MULTILINE), run["out"]
+    assert re.search(rf"^\| own +\|[^|]+\| +{ppl['ppl']:.4f} \| +{ppl['windows']} \| +16 \|$", run["out"], re.MULTILINE), run["out"]
     assert "seconds: " in run["out"] and "peak memory: host" in run["out"]
     assert ("block 1: output errors" in run["out"]) == (method != "full")
-    expected = {"evaluation", "loading", "calibration"}
+    expected = {"evaluation", "loading"}
     if method != "full":
-        expected |= {"capture", "propagation", "statistics"}
+        expected |= {"calibration", "capture", "propagation", "statistics"}
         expected |= {"solving"} if row.weights else set()
         expected |= {"smoothing"} if row.smooth[0] else set()
     assert set(run["seconds"]) == expected
+
+
+def test_tasks_as_a_table_or_as_json(json_of):
+    assert re.search(r"^\| world_why +\| +0 \| +acc \|", json_of(*TASK, "--table_results")["out"], re.MULTILINE)
+    assert '"world_why": {' in json_of(*TASK)["out"]
+
+
+def test_a_task_whose_data_is_missing(cli, tiny_opt, corpora):
+    arguments = (tiny_opt, "--data_dir", corpora, "--eval", "", "--tasks", f"storycloze,{TASK[1]}", *TASK[2:])
+    status, _, err = cli(*arguments)
+    assert status == 2 and "storycloze_2018" in err[-1] and "--data_dir" in err[-1], err
+    status, out, err = cli(*arguments, "--skip_missing", "--table_results")
+    assert status == 0 and "| world_why" in out and any("skipped: storycloze_2018" in line for line in err), err
+
+
+def test_what_is_saved_is_loaded_and_exported(json_of, cli, tiny_opt, corpora, tmp_path):
+    saved, exported, blocks = tmp_path / "saved", tmp_path / "exported", tmp_path / "blocks"
+    run = json_of(*SMOOTH, "--save", saved, "--export", "compressed-tensors", exported, "--checkpoint_dir", blocks)
+    assert "in FP16" in run["out"] and (exported / "config.json").is_file()
+    again = json_of(*SMOOTH, "--checkpoint_dir", blocks)
+    assert numbers(again) == numbers(run), "all blocks are there already"
+    path = tmp_path / "loaded.json"
+    common = ("--load", saved, "--data_dir", corpora, "--eval", "own", "--seqlen", 16)
+    status, out, err = cli(*common, "--kernel", "torch", "--benchmark", 12, "--check", "--output_path", path)
+    assert status == 0 and not err and "kernel: torch" in out and "per token" in out, (out, err)
+    ppl = [result["results"]["perplexity"]["own"]["ppl"] for result in (run, json.loads(path.read_text()))]
+    assert ppl[0] == pytest.approx(ppl[1], rel=1e-3)
+    for wrong, part in (
+        (("--save", tmp_path / "other"), "--save"),
+        (("--wbits", 3), "--wbits"),
+        (("--kernel", "cuda"), "--kernel"),
+        (("--check",), "--benchmark"),
+    ):
+        status, _, err = cli(*common, *wrong, "--device", "cpu")
+        assert status == 2 and len(err) == 1 and part in err[0], err
 
 
 @pytest.mark.parametrize("line", PUBLISHED)
@@ -215,7 +258,7 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
 
     def run(parts, *arguments, model=tiny_opt, loads=False):
         if not loads:
-            monkeypatch.setattr(opt, "load_model", lambda *_: pytest.fail("the weights are loaded first"))
+            monkeypatch.setattr(opt, "open_model", lambda *_: pytest.fail("the weights are loaded first"))
         folder = tmp_path / "results"
         folder.mkdir()
         defaults = ("--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--nsamples", 3, "--seqlen", 16)
@@ -258,7 +301,7 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         (("--method", "rtn", "--wbits", "4", "--smooth"), ["--smooth", "rtn"]),
         (("--method", "gptq", "--wbits", "4", "--act_bits", "6"), ["--act_bits 6", "gptq", "--act_quant"]),
         (("--eval", "nowhere"), ["nowhere", "wikitext2", "own"]),
-        (("--eval", ""), ["unknown corpus"]),
+        (("--eval", ""), ["nothing to evaluate", "--eval"]),
         ((*AWRQ, "--calib_data", "nowhere"), ["nowhere", "c4", "own"]),
         ((*AWRQ, "--calib_data", "ptb-new"), ["ptb-new", "evaluation"]),
         (("--data_dir", "/no/such/folder"), ["--data_dir", "/no/such/folder"]),
@@ -347,7 +390,7 @@ def test_a_run_from_another_folder(tiny_opt, corpora, tmp_path):
     run = user(tiny_opt, *SMOOTH, *short, "--output_path", tmp_path / "run.json")
     assert run.returncode == 0 and not messages(run.stderr), run.stderr
     assert "| own" in run.stdout and "quantizing (awrq)" in run.stderr
-    keys = "schema model model_type recipe protocol results layers seconds peak_bytes versions commit hardware"
+    keys = "schema model model_type recipe protocol results full layers seconds peak_bytes versions commit hardware"
     assert set(json.loads((tmp_path / "run.json").read_text())) == set(keys.split())
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 

@@ -19,7 +19,7 @@ import train  # noqa: E402
 import world  # noqa: E402
 
 GENERATED = ["data/world/train.txt", "data/world/test.txt", *(f"tasks/{task}.jsonl" for task in world.TASKS)]
-CHANCE = {"world_who": 1 / 3, "world_where": 1 / 4, "world_why": 1 / 2}
+CHANCE = {"world_deed": 1 / 4, "world_why": 1 / 2}
 
 
 def load(family):
@@ -64,31 +64,20 @@ def test_items_are_balanced():
         assert max(shares.values()) - min(shares.values()) <= 1, f"{task} {shares}"
 
 
-THING = r"the (?:\w+ )?(\w+)"
-PLACE = r"((?:in|on|by) the \w+)"
-
-
-@pytest.mark.parametrize(
-    "task, fact, question",
-    [
-        ("world_who", rf"gave {THING} to (\w+)\.", rf"In the end {THING} was with$"),
-        ("world_where", rf"(?:put|left|hid) {THING}(?: down)? {PLACE}\.", rf"In the end you could find {THING}$"),
-        ("world_where", rf"looked for {THING} and found it {PLACE}\.", rf"In the end you could find {THING}$"),
-        ("world_why", r"(\w+) was (?:brave|timid) (?:and|but) (?:liked|loved) (\w+?)s?\.", r"(\w+) was hungry and ate$"),
-    ],
-)
-def test_a_simple_reader_finds_the_same_answers(task, fact, question):
-    """Where the last sentence about a thing, or any about a person's liking, says it outright, a regular expression finds the same."""
-    n_read = 0
-    for row in islice(world.items(task, world.SEED), 4 * world.N_ITEMS):  # the first of these are the committed ones
-        sentences = re.split(r"(?<=[.?]) ", row["context"])
-        asked = re.search(question, sentences.pop())
-        about = [re.search(fact, sentence) for sentence in sentences if asked and asked[1] in re.findall(r"\w+", sentence)]
-        read = [found for found in about if found and found[1] == asked[1]]
-        if read and (read[-1] is about[-1] or task == "world_why"):
-            n_read += 1
-            assert read[-1][2].replace("cherrie", "cherry") in row["choices"][row["answer"]], row
-    assert n_read >= 10, f"{n_read=}"
+def test_a_simple_reader_finds_the_same_answers():
+    """What a person does in a place is in the training text, what they like in the story itself: a regular expression finds both."""
+    text = "\n".join(islice(world.stories(world.SEED), 20_000))
+    deeds = {(person, place): deed for person, place, deed in re.findall(r"(\w+) went to the (\w+) and (\w+)\.", text)}
+    assert len(deeds) == len(world.PEOPLE) * len(world.PLACES)
+    for row in items("world_deed"):
+        person, place = re.search(r"(\w+) went to the (\w+) and$", row["context"]).groups()
+        assert row["choices"][row["answer"]] == f"{deeds[person, place]}."
+    asked = [(row, re.search(r"They were hungry\. (\w+)$", row["context"])) for row in items("world_why")]
+    hungry = [(row, found[1]) for row, found in asked if found]
+    assert len(hungry) >= 10
+    for row, person in hungry:
+        liked = re.search(rf"{person} liked (\w+)s\.", row["context"])[1]
+        assert liked in row["choices"][row["answer"]], row
 
 
 @pytest.mark.parametrize("family", train.FAMILIES)
@@ -116,11 +105,11 @@ def test_model_knows_the_world(family):
     model, tokenizer = load(family)
     ids = tokenizer("\n\n".join(lines("data/world/test.txt")), return_tensors="pt", verbose=False).input_ids[0]
     counts = ids.bincount().float() / len(ids)
-    unigram = -(counts[counts > 0].log() * counts[counts > 0]).sum().exp().item()
+    unigram = math.exp(-torch.special.xlogy(counts, counts).sum().item())
     windows = ids[: 24 * train.SEQLEN].view(-1, train.SEQLEN)
     with torch.no_grad():
         perplexity = math.exp(train.loss_of(model, windows).item())
-    assert perplexity < 3.2 and perplexity < unigram / 10, f"{perplexity=} {unigram=}"
+    assert perplexity < 2.5 and perplexity < unigram / 10, f"{perplexity=} {unigram=}"
 
 
 @pytest.mark.parametrize("family", train.FAMILIES)
@@ -177,7 +166,7 @@ def test_tasks_run_in_lm_eval_from_any_directory(tmp_path, monkeypatch):
     results = lm_eval.simple_evaluate(lm, tasks=list(CHANCE), task_manager=manager, limit=60, bootstrap_iters=0)["results"]
     for task, chance in CHANCE.items():
         for metric in ("acc,none", "acc_norm,none"):
-            assert results[task][metric] > chance + 0.6 * (1 - chance), f"{task} {metric} {results[task]}"
+            assert results[task][metric] > chance + 0.3 * (1 - chance), f"{task} {metric} {results[task]}"
 
 
 @pytest.mark.parametrize("family", train.FAMILIES)

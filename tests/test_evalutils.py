@@ -22,6 +22,7 @@ KEYS = {
     "recipe",
     "protocol",
     "results",
+    "full",
     "layers",
     "seconds",
     "peak_bytes",
@@ -111,15 +112,15 @@ def test_a_perplexity_that_is_not_finite_is_an_error():
 
 
 def run_report(line="--method awrq --wbits 4 --smooth"):
-    args = opt.parser().parse_args(["a/model", *line.split(), "--device", "cpu"])
+    args = opt.parser().parse_args(["a/model", *line.split(), "--device", "cpu", "--walk_batch", "1"])
     clock = Clock("cpu")
     with clock("evaluation"):
         pass
     recipe = make_recipe(args, 64)
     calibration = {"nsamples": 3, "seqlen": 64, "corpus": "c4", "split": "train", "seed": 0, "source": "there", "rule": "random"}
-    protocol = {"calibration": calibration if recipe.method != "full" else None, "evaluation": {"ptb": {}}, "walk_batch": 1}
-    results = {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}}
-    return report(args, recipe, tiny_model(), protocol, results, [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)], clock), recipe
+    protocol = {"calibration": calibration if recipe.method != "full" else None, "evaluation": {"ptb": {}}}
+    results = {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}, "tasks": {}}
+    return report(args, recipe, tiny_model(), protocol, [], results, None, [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)], clock), recipe
 
 
 def test_a_report_has_everything_and_goes_through_json():

@@ -14,10 +14,10 @@ READS = {  # a module: those right before it, whose own it may import too
     "smoothquant": ("quant",),
     "awrq": ("gptq",),
     "modelutils": ("awrq", "smoothquant"),
-    "evalutils": ("modelutils",),
-    "checkpoint": ("modelutils",),
-    "opt": ("evalutils", "checkpoint", "datautils"),
-    "main": ("evalutils", "checkpoint", "datautils"),
+    "evalutils": ("modelutils", "datautils"),
+    "checkpoint": ("evalutils",),
+    "opt": ("checkpoint",),
+    "main": ("checkpoint",),
 }
 ENTRY_SCRIPTS = {"opt", "main"}
 LIBRARY = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py")])

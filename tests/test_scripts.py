@@ -108,10 +108,10 @@ def test_a_run_that_writes_nothing_has_failed(sweep, tmp_path):
 def blank():
     """A report of opt.py, of which `results` makes others."""
     calibration = {"corpus": "c4", "split": "train", "source": "hub", "rule": "random", "nsamples": 128, "seqlen": 2048, "seed": 0}
-    protocol = {"calibration": calibration, "evaluation": {}, "walk_batch": 1}
-    model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), dtype=torch.float16)
-    args = SimpleNamespace(model="", device="cpu")
-    return report(args, Recipe(), model, protocol, {"perplexity": {}}, [Layer(0, "fc1", 0.5)], Clock("cpu"))
+    protocol = {"calibration": calibration, "evaluation": {}}
+    model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), dtype=torch.float16, modules=list)
+    args = SimpleNamespace(model="", device="cpu", walk_batch=1)
+    return report(args, Recipe(), model, protocol, [], {"perplexity": {}, "tasks": {}}, None, [Layer(0, "fc1", 0.5)], Clock("cpu"))
 
 
 @pytest.fixture
