@@ -59,11 +59,9 @@ def build(arch):
             print(f"kernels: compiling for sm_{arch}, once", file=sys.stderr, flush=True)
             partial = library.with_suffix(".partial")
             done = _run([nvcc, *flags, "-o", str(partial), *(str(s) for s in SOURCES if s.suffix == ".cu")])
-            if done.returncode:
-                raise BuildError(
-                    f"nvcc failed for sm_{arch}: {_reason(done.stderr)} (the whole of it: python -m kernels.build --arch {arch})"
-                )
             (folder / "build.log").write_text(done.stderr)
+            if done.returncode:
+                raise BuildError(f"nvcc failed for sm_{arch}: {_reason(done.stderr)} (all it said: {folder / 'build.log'})")
             os.replace(partial, library)
     return library
 

@@ -66,7 +66,7 @@ def equal(y, wanted, weight):
 # Checks: each yields (what, whether it is right)
 
 
-def every_configuration(library, device, shapes=SHAPES, types=TYPES, splits=SPLITS):
+def every_configuration(library, device, shapes=SHAPES, types=(*TYPES, torch.float32), splits=SPLITS):
     """All kernels, split and not, of any type, on shapes that need padding, with and without lengths."""
     for config in cuda.CONFIGS:
         for B, T, rows, columns in shapes:

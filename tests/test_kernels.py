@@ -1,6 +1,7 @@
 """The op equals int64 loops, its layout the tensor cores' fragments, and the kernels' own code, which an emulator runs, equals the op."""
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -16,16 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels import build, cuda
+from kernels import build, check, cuda, tune
 from quant import fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [  # rows and columns of every linear of LLaMA 1 to 3 and OPT, 125m aside
-    *((4096, 4096), (11008, 4096), (4096, 11008), (5120, 5120), (13824, 5120), (5120, 13824), (6656, 6656), (17920, 6656), (6656, 17920)),
-    *((8192, 8192), (22016, 8192), (8192, 22016), (1024, 8192), (28672, 8192), (8192, 28672), (1024, 4096), (14336, 4096), (4096, 14336)),
-    *((2048, 2048), (8192, 2048), (2048, 8192), (2560, 2560), (10240, 2560), (2560, 10240), (16384, 4096), (4096, 16384)),
-    *((20480, 5120), (5120, 20480), (7168, 7168), (28672, 7168), (7168, 28672), (9216, 9216), (36864, 9216), (9216, 36864)),
-]
 
 
 def draw(*shape, seed=0):
@@ -431,6 +426,20 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         emulate(emulated, activations(1, 17, 64), prepared(32, 64), "decode", 1)
 
 
+def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
+    """kernels.check, on the emulator instead of a GPU: all equal, and not where the kernels compute something else."""
+    monkeypatch.setattr(check, "GROUPS", (-1,))
+
+    def few(library, device):
+        yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
+
+    (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
+    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": []}
+    monkeypatch.setattr(check, "poisoned", lambda *args, poisoned=check.poisoned: poisoned(*args).neg_())
+    (wrong,) = check.run_checks((few,), emulated, torch.device("cpu"))
+    assert len(wrong["wrong"]) == wrong["cases"] and "WRONG, as ['decode_fused / 1, 2x5" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------
 # Which kernel
 
@@ -439,7 +448,7 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
 @pytest.mark.parametrize("groupsize", [0, 128])
 def test_default_rules_know_every_layer(emulated, processors, groupsize):
     """A configuration that takes the shape for every layer and number of tokens; the workspace of decoding stays small."""
-    for rows, columns in LAYERS:
+    for rows, columns in tune.LAYERS:
         for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1024, 1025, 4096, 65536):
             config, parts = cuda.choose(emulated, "some GPU", processors, tokens, rows, columns, groupsize or columns)
             assert cuda.takes(emulated, config, parts, tokens, rows, columns, groupsize or columns)
@@ -461,6 +470,31 @@ def test_tuning_table_says_what_was_measured():
     for name, table in tables.items():
         for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
             assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name
+
+
+def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):
+    a, b, c = ("128x16", 1), ("128x32", 1), ("128x64", 1)
+    assert tune.best([{a: 10, b: 12}, {a: 30, b: 12}]) == b  # a is best at 17 tokens, and a cliff at 32
+    assert (
+        tune.best(
+            [
+                {a: 10, b: 10.1},
+                {a: 11, b: 10},
+            ]
+        )
+        == b
+    )
+    assert tune.best([{a: 1, b: 2}, {b: 2, c: 1}]) == b  # the one that takes both
+    for below, edge in zip((0, *tune.EDGES), tune.EDGES, strict=False):
+        found = [set(tune.candidates(emulated, tokens, 5120, 5120, 5120)) for tokens in (below + 1, edge)]
+        assert found[0] & found[1]
+
+
+def test_tuning_table_is_written_whole(tmp_path, monkeypatch):
+    tables = cuda.tables() | {"GPU": {"measured": True, "cells": {"256x512g128": [[16, "decode", 2], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "TUNING", tmp_path / "tuning.json")
+    tune.write(tables)
+    assert json.loads(cuda.TUNING.read_text()) == tables and list(tmp_path.iterdir()) == [cuda.TUNING]
 
 
 def test_select_says_what_runs(monkeypatch):
@@ -534,6 +568,7 @@ def test_failed_build_says_why_and_leaves_nothing(fake_nvcc, monkeypatch):
     with pytest.raises(build.BuildError, match=r"nvcc failed for sm_80: w4a8.cu\(1\): error: identifier is undefined"):
         build.build("80")
     assert not list(build.cache_folder().glob("*/*.so"))
+    assert [log.read_text() for log in build.cache_folder().glob("*/build.log")] == ["w4a8.cu(1): error: identifier is undefined\n"]
     for arch in ("75", "8.0", "sm_80", ""):
         with pytest.raises(build.BuildError, match=f"--arch {arch}: must be 80 or more"):
             build.build(arch)
@@ -556,6 +591,17 @@ def test_import_builds_nothing(tmp_path):
     done = python("-c", "import sys, kernels; sys.exit('kernels.build' in sys.modules)", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_that_there_is_none():
+    for main in (check.main, tune.main):
+        with pytest.raises(ValueError, match="no GPU: PyTorch finds none here"):
+            main(None)
+    for args, message in (((), "PyTorch finds no GPU here"), (("--fast",), "--fast: the only option is --tune")):
+        env = os.environ | {"PYTHON": sys.executable}
+        done = subprocess.run(["bash", "scripts/gpu_check.sh", *args], cwd=ROOT, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stderr) == (2, f"gpu_check.sh: {message}\n")
 
 
 def test_build_command(fake_nvcc):
