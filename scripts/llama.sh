@@ -1,35 +1,19 @@
 #!/usr/bin/env bash
-# The paper's zero-shot table for LLaMA: one line and one JSON per cell, $OUT/llama/MODEL/CELL.json.  Finished cells are skipped; a failed one
+# The paper's zero-shot table for LLaMA: one line and one JSON per cell, out/llama/MODEL/CELL.json.  Finished cells are skipped; a failed one
 # stops no other.
 #
 #   bash scripts/llama.sh                                    every model, smallest first; further flags go to each main.py
-#   MODELS="llama-7b" bash scripts/llama.sh --batch_size auto --data_dir DIR --skip_missing    some models, local tasks and corpora
+#   MODELS="huggyllama/llama-7b" bash scripts/llama.sh --batch_size auto --data_dir DIR --skip_missing    some models, local tasks and corpora
 #   MODEL_PREFIX=demo/ MODELS=llama OUT=out/try bash scripts/llama.sh --data_dir demo/data --calib_data world --seqlen 256 \
 #       --tasks demo/tasks/world_deed.yaml,demo/tasks/world_why.yaml
 #   python scripts/table.py out/llama                        the table; use another OUT for other flags, it does not mix them
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
-OUT=${OUT:-$root/out}
+script=main.py table=llama always='--tasks piqa,arc_easy,arc_challenge,boolq,copa,storycloze --table_results'
 # folders or hub names under MODEL_PREFIX; LLaMA 1 has no home on the hub but copies, LLaMA 2 is gated: `hf auth login`
 MODELS=${MODELS:-huggyllama/llama-7b meta-llama/Llama-2-7b-hf huggyllama/llama-13b meta-llama/Llama-2-13b-hf huggyllama/llama-30b huggyllama/llama-65b meta-llama/Llama-2-70b-hf}
 MODEL_PREFIX=${MODEL_PREFIX-}
-PYTHON=${PYTHON:-python}
-flags=("$@")
-failed=""
-
-cell() { # cell NAME FLAGS...: one run for $model
-    local name=$1 json=$OUT/llama/${model##*/}/$1.json
-    shift
-    if [[ -e $json ]]; then
-        echo "== $model $name: done before"
-        return
-    fi
-    echo "== $model $name"
-    "$PYTHON" "$root/main.py" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 \
-        --tasks piqa,arc_easy,arc_challenge,boolq,copa,storycloze --table_results \
-        "$@" ${flags[@]+"${flags[@]}"} --output_path "$json" && [[ -e $json ]] || failed+=" $model/$name"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
 
 smooth="--smooth --alpha 0.50 --min 0.01"
 for model in $MODELS; do
@@ -50,7 +34,4 @@ for model in $MODELS; do
     cell gptq-w3a16-smooth --method gptq --wbits 3 $smooth
 done
 
-if [[ -n $failed ]]; then
-    echo "llama.sh: failed:$failed" >&2
-    exit 1
-fi
+finish

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's OPT table: one line and one JSON per cell, $OUT/opt/MODEL/CELL.json.  Finished cells are skipped; a failed one stops no other.
+# The paper's OPT table: one line and one JSON per cell, out/opt/MODEL/CELL.json.  Finished cells are skipped; a failed one stops no other.
 #
 #   bash scripts/opt.sh                                      every model, smallest first; further flags go to each opt.py
 #   MODELS="125m 1.3b" bash scripts/opt.sh --data_dir DIR    some models, local corpora
@@ -7,25 +7,10 @@
 #   python scripts/table.py out/opt                          the table; use another OUT for other flags, it does not mix them
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
-OUT=${OUT:-$root/out}
+script=opt.py table=opt always=''
 MODELS=${MODELS:-125m 1.3b 2.7b 6.7b 13b 30b 66b 350m} # 350m is not in the paper
 MODEL_PREFIX=${MODEL_PREFIX-facebook/opt-}
-PYTHON=${PYTHON:-python}
-flags=("$@")
-failed=""
-
-cell() { # cell NAME FLAGS...: one run for $model
-    local name=$1 json=$OUT/opt/$model/$1.json
-    shift
-    if [[ -e $json ]]; then
-        echo "== $model $name: done before"
-        return
-    fi
-    echo "== $model $name"
-    "$PYTHON" "$root/opt.py" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 \
-        "$@" ${flags[@]+"${flags[@]}"} --output_path "$json" && [[ -e $json ]] || failed+=" $model/$name"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
 
 smooth="--smooth --alpha 0.50 --min 0.10"
 for model in $MODELS; do
@@ -46,7 +31,4 @@ for model in $MODELS; do
     cell act_only-w16a8-smooth --method act_only --act_bits 8 $smooth
 done
 
-if [[ -n $failed ]]; then
-    echo "opt.sh: failed:$failed" >&2
-    exit 1
-fi
+finish

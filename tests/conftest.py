@@ -3,11 +3,15 @@
 import json
 import os
 import random
+import re
+import sys
+import warnings
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything imports the hub's client
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -133,6 +137,38 @@ def model(request):
 def tiny_opt(tmp_path_factory):
     """Folder of a tiny pre-norm OPT, with its tokenizer.  Copy it before you change it."""
     return save_model(tmp_path_factory.mktemp("tiny") / "opt", tiny_model())
+
+
+BAR = re.compile(r"\d+%\||\d+/\d+ \[|\?*[a-z]+/s[\],]|\d+[a-z]+ \[\d\d:\d\d")  # of a progress bar
+
+
+def messages(err):
+    """The lines of stderr, without progress bars, which go back to the line's start."""
+    lines = [line.split("\r")[-1].strip() for line in err.split("\n")]
+    return [line for line in lines if line and not BAR.search(line)]
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd):
+    """run_script(module, *arguments) -> (exit status, stdout, lines of stderr), in this process: an import takes seconds."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    verbosity = transformers.logging.get_verbosity()
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            try:
+                module.parser().run(module.main)
+            except SystemExit as e:
+                status = e.code or 0
+        out, err = capfd.readouterr()
+        return status, out, messages(err)
+
+    yield run
+    transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from conftest import CONTEXT, WORDS, save_model, tiny_model, toy_tokenizer
+from conftest import CONTEXT, WORDS, messages, save_model, tiny_model, toy_tokenizer
 from safetensors.torch import load_file, save_file
 from test_modelutils import PUBLISHED
 
@@ -20,36 +19,12 @@ from evalutils import SCHEMA
 from modelutils import METHODS
 
 SCRIPT = Path(opt.__file__)
-BAR = re.compile(r"\d+%\||\d+/\d+ \[|\?*[a-z]+/s[\],]|\d+[a-z]+ \[\d\d:\d\d")  # of a progress bar
-
-
-def messages(err):
-    """The lines of stderr, without progress bars, which go back to the line's start."""
-    lines = [line.split("\r")[-1].strip() for line in err.split("\n")]
-    return [line for line in lines if line and not BAR.search(line)]
 
 
 @pytest.fixture
-def cli(monkeypatch, capfd):
-    """run(*arguments) -> (exit status, stdout, lines of stderr), in this process: an import takes seconds."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    verbosity = transformers.logging.get_verbosity()
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["opt.py", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            try:
-                opt.parser().run(opt.main)
-            except SystemExit as e:
-                status = e.code or 0
-        out, err = capfd.readouterr()
-        return status, out, messages(err)
-
-    yield run
-    transformers.logging.set_verbosity(verbosity)
+def cli(run_script):
+    """run(*arguments) of opt.py, as run_script."""
+    return partial(run_script, opt)
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """main.py as a user runs it: what the paper's commands mean, tasks and text in one run, and bad input of its own."""
 
+import inspect
 import json
-import sys
-import warnings
+from functools import partial
 
 import pytest
-import transformers
 from conftest import save_model, tiny_model, toy_tokenizer
-from test_cli import TASK, messages
+from test_cli import TASK
 from transformers import AutoConfig
 
 import main
@@ -43,6 +42,7 @@ def test_the_scripts_differ_by_family_and_defaults_only():
     flags = {module: {a.dest: (a.option_strings, a.default) for a in module.parser()._actions} for module in (main, opt)}
     assert {name for name in flags[opt] if flags[main].get(name) != flags[opt][name]} == {"min", "eval"}
     assert flags[main].keys() == flags[opt].keys()
+    assert inspect.getsource(main.main).replace("main.py", "opt.py") == inspect.getsource(opt.main), "the same steps"
     assert {family.script for family in FAMILIES.values()} == {"main.py", "opt.py"}
     assert "0.1" in main.parser().format_help() and "0.01" in main.parser().format_help()
 
@@ -53,26 +53,9 @@ def tiny_llama(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
-    """run(*arguments) -> (exit status, stdout, lines of stderr), in this process."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    verbosity = transformers.logging.get_verbosity()
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            try:
-                main.parser().run(main.main)
-            except SystemExit as e:
-                status = e.code or 0
-        out, err = capfd.readouterr()
-        return status, out, messages(err)
-
-    yield call
-    transformers.logging.set_verbosity(verbosity)
+def run(run_script):
+    """run(*arguments) of main.py, as run_script."""
+    return partial(run_script, main)
 
 
 SHORT = ("--calib_data", "own", "--nsamples", 3, "--seqlen", 16, "--device", "cpu")

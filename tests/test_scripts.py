@@ -51,7 +51,7 @@ def sweep(tmp_path):
     """Call it to run a copy of a script, from a folder that is not the repository's: its result, and the arguments of every `python`."""
     scripts = tmp_path / "my repo" / "scripts"
     scripts.mkdir(parents=True)
-    for name in ("opt.sh", "llama.sh"):
+    for name in ("cells.sh", "opt.sh", "llama.sh"):
         shutil.copy(SCRIPTS / name, scripts / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
