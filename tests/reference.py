@@ -32,7 +32,9 @@ def codes(w, scale, zero, bits):
 
 def fake_quant_act(x, bits, per_token=False):
     """x (B, T, C) in float64, one sequence or token at a time."""
-    out = x.double()
+    out = x.to(torch.float64, copy=True)
+    if bits >= 16:
+        return out
     for share in (part for sequence in out for part in (sequence if per_token else [sequence])):
         scale, zero = grid(share, bits)
         share.copy_((codes(share, scale, zero, bits) - zero) * scale)
