@@ -12,11 +12,13 @@ with R rows, C columns and G groups of columns a shard has
 and of everything else its tensor, under its name in the model.  The index says which shard a tensor is in, and its sha256.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -126,6 +128,25 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
         raise OSError(f"{path}: missing or damaged ({e}); take it from a copy, or make the folder anew") from e
+
+
+def claim(owner, folder, name):
+    """Keep a folder for an object as long as it lives; a process that is killed lets go of it.  Raises OSError if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    owner.let_go = weakref.finalize(owner, os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        owner.let_go()
+        raise OSError(f"{name}: another run is writing there now; wait for its end, or give another folder") from e
+    except OSError:
+        pass  # a file system without locks
+
+
+def sweep(folder, pattern):
+    """Remove what a killed run has left half-written."""
+    for path in folder.glob(pattern):
+        path.unlink()
 
 
 # ---------------------------------------------------------------------------
@@ -295,7 +316,8 @@ class Writer:
 
         A tensor that is not quantized is stored in `dtype` if that changes no value, and as it is otherwise.
         """
-        self.folder, self.partial = Path(folder), Path(f"{folder}.{os.getpid()}.partial")
+        self.folder = Path(folder)
+        self.partial = self.folder.with_name(f"{self.folder.name}.partial")
         self.model, self.tokenizer, self.recipe, self.layout = model, tokenizer, recipe, LAYOUTS[layout]
         self.about, self.dtype = about or {}, dtype or model.dtype
         self.layout.check(recipe, model.config)
@@ -303,11 +325,13 @@ class Writer:
         self.packed = self.fp16 = 0  # bytes of the quantized linears
 
     def __enter__(self):
-        self.partial.mkdir(parents=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        claim(self, self.partial, self.folder)
+        sweep(self.partial, "*")
         try:
             self.tokenizer.save_pretrained(self.partial)
         except Exception as e:  # transformers raises whatever its backends do
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.abandon()
             raise OSError(f"{self.folder}: the tokenizer cannot be written ({e})") from e
         return self
 
@@ -334,12 +358,19 @@ class Writer:
         return own if own.to(tensor.dtype).equal(tensor) else tensor
 
     def __exit__(self, kind, error, traceback):
+        if kind is not None:
+            return self.abandon()
         try:
-            if kind is None:
-                self.finish()
-                os.rename(self.partial, self.folder)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.finish()
+            os.rename(self.partial, self.folder)
+        except BaseException:
+            self.abandon()
+            raise
+        return self.let_go()
+
+    def abandon(self):
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.let_go()
 
     def finish(self):
         elsewhere = (blocks_prefix(self.model), *self.model.all_tied_weights_keys)
@@ -502,6 +533,7 @@ class Store:
             "torch": torch.__version__,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
+        claim(self, self.folder, f"--checkpoint_dir {folder}")
         path = self.folder / "run.json"
         if not path.exists():
             if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
@@ -510,6 +542,7 @@ class Store:
         other = list(differences(read_json(path), run))
         if other:
             raise ValueError(f"--checkpoint_dir {folder}: is of another run: {some(other)}; give another folder")
+        sweep(self.folder, "*.partial")
         self.finished = next((i for i in range(self.blocks) if not self.path("block", i, "json").exists()), self.blocks)
         self.drop_inputs(self.finished)  # a run can be killed between its last write and this
 

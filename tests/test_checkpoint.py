@@ -314,6 +314,43 @@ def test_an_error_while_quantizing_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def kill_while_saving(folder):
+    """In a fork: SIGKILL when the second shard is half-written."""
+
+    def act():
+        with Writer(folder, tiny_model(), toy_tokenizer(), recipe(method="rtn")) as writer:
+            for layers, codes in quantize_blocks(tiny_model(), IDS, recipe(method="rtn")):
+                if layers[0].block == 1:
+                    (writer.partial / "awrq-00002-of-00003.safetensors.partial").write_bytes(b"half")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                writer.add(layers[0].block, codes)
+
+    return in_child(act)
+
+
+def test_what_a_killed_run_left_of_a_folder_is_removed_by_the_next(tmp_path):
+    assert os.WTERMSIG(kill_while_saving(tmp_path / "saved")) == signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.partial"]
+    saved(f"{tmp_path}/saved/", tiny_model(), {"method": "rtn"})
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert not list((tmp_path / "saved").glob("*.partial")) and load(tmp_path / "saved")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    def writer():
+        return Writer(tmp_path / "saved", tiny_model(), toy_tokenizer(), recipe())
+
+    with pytest.raises(KeyboardInterrupt), writer():
+        with pytest.raises(OSError, match="saved: another run"), writer():
+            pass
+        raise KeyboardInterrupt
+    store = Store(tmp_path / "store", tiny_model(), IDS, recipe())
+    with pytest.raises(OSError, match="--checkpoint_dir .*store: another run"):
+        Store(tmp_path / "store", tiny_model(), IDS, recipe())
+    del store
+    Store(tmp_path / "store", tiny_model(), IDS, recipe())
+
+
 def test_nothing_to_pack(tmp_path):
     for settings in ({"method": "full", "wbits": 16, "act_bits": 16}, {"method": "act_only", "wbits": 16}):
         with pytest.raises(ValueError, match="nothing to pack"):
@@ -372,7 +409,7 @@ def killed_runs(folder, n=10):
         count, done = -(10**9), len(list(Path(store).glob("block-*.json")))
         result, finished = run(store)
         assert result == whole and finished == done, (last, finished, done)
-        files = {path.name for path in Path(store).iterdir() if not path.name.endswith(".partial")}
+        files = {path.name for path in Path(store).iterdir()}
         assert files == {"run.json", *(f"block-0000{i}.{ending}" for i in (0, 1) for ending in ("json", "safetensors"))}, (last, files)
         yield finished
 
