@@ -53,6 +53,7 @@ from quant import Batch, Grid, IntLinear, Recipe, from_int
 
 FORMAT = 1  # of our folders; a newer one is refused
 PACKED = (3, 4)  # widths whose codes share bytes
+GENERATION = "generation_config.json"
 
 # ---------------------------------------------------------------------------
 # Codes
@@ -122,12 +123,13 @@ def read_shard(path, sums):
     return tensors
 
 
-def read_json(path):
-    """Raises OSError if it is missing or damaged."""
+def read_json(path, keys):
+    """An object that has these keys.  Raises OSError if it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise OSError(f"{path}: missing or damaged ({e}); take it from a copy, or make the folder anew") from e
+        content = json.loads(Path(path).read_text())
+        return content | {key: content[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise OSError(f"{path}: missing or damaged ({type(e).__name__}: {e}); take it from a copy, or make the folder anew") from e
 
 
 def claim(owner, folder, name):
@@ -262,6 +264,7 @@ def compressed_tensors_linear(q, grid, recipe):
 
 
 def compressed_tensors_config(model, recipe):
+    quantized = tuple(f".{name}" for group in FAMILIES[model.config.model_type].groups for name in group.linears)
     weights = {"num_bits": recipe.wbits, "type": "int", "symmetric": recipe.sym}
     weights |= {"strategy": "channel"} if recipe.groupsize == -1 else {"strategy": "group", "group_size": recipe.groupsize}
     acts = {"num_bits": recipe.act_bits, "type": "int", "symmetric": False, "dynamic": True}
@@ -277,7 +280,7 @@ def compressed_tensors_config(model, recipe):
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],  # those that were not replaced
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith(quantized)],
     }
 
 
@@ -330,9 +333,14 @@ class Writer:
         sweep(self.partial, "*")
         try:
             self.tokenizer.save_pretrained(self.partial)
+            config = deepcopy(self.model.config)
+            config.dtype = self.dtype
+            config.quantization_config = self.layout.config(self.model, self.recipe) | self.about
+            config.save_pretrained(self.partial)
+            self.model.generation_config.to_json_file(self.partial / GENERATION)  # as it is: save_pretrained refuses some of the hub's
         except Exception as e:  # transformers raises whatever its backends do
             self.abandon()
-            raise OSError(f"{self.folder}: the tokenizer cannot be written ({e})") from e
+            raise OSError(f"{self.folder}: the tokenizer or a configuration cannot be written ({e})") from e
         return self
 
     def add(self, i, codes):
@@ -377,11 +385,6 @@ class Writer:
         rest = {name: t for name, t in self.model.state_dict().items() if not name.startswith(elsewhere)}
         self.write(len(decoder_blocks(self.model)), rest)
         write_json(self.partial / f"{self.layout.files}.safetensors.index.json", self.index)
-        config = deepcopy(self.model.config)
-        config.dtype = self.dtype
-        config.quantization_config = self.layout.config(self.model, self.recipe) | self.about
-        config.save_pretrained(self.partial)
-        self.model.generation_config.save_pretrained(self.partial)
 
     def size(self):
         """A line about the quantized linears, all their tensors, against FP16."""
@@ -395,7 +398,7 @@ def export(source, folder, layout="compressed-tensors"):
     """Write a checkpoint of ours once more, in another layout: the Writer."""
     config, about = load_packed_config(source)
     model = empty_model(config, torch.float32)  # so that nothing is rounded on the way
-    model.generation_config = GenerationConfig.from_pretrained(source)
+    model.generation_config = GenerationConfig.from_dict(read_json(Path(source, GENERATION), ()))
     with Writer(folder, model, load_tokenizer(source), about["recipe"], layout, dtype=config.dtype) as writer:
         for i, codes in restore(source, model, about["recipe"]):
             writer.add(i, codes)
@@ -421,17 +424,18 @@ def load_packed_config(folder, script=None):
     if not Path(folder, "config.json").is_file():
         raise OSError(f"--load {folder}: no checkpoint there: there is no config.json")
     config = load_config(folder, script)
-    about = getattr(config, "quantization_config", {"quant_method": "nothing of a quantization"})
-    if about["quant_method"] != "awrq":
-        raise ValueError(f"--load {folder}: was not written by --save; its config.json says {about['quant_method']}")
+    about = getattr(config, "quantization_config", {})
+    if about.get("quant_method") != "awrq":
+        method = about.get("quant_method", "nothing of a quantization")
+        raise ValueError(f"--load {folder}: was not written by --save; its config.json says {method}")
+    if about.get("format") not in range(1, FORMAT + 1):
+        raise ValueError(f"--load {folder}: has format {about.get('format')}, this version reads up to {FORMAT}; update the code")
     try:
-        if about["format"] > FORMAT:
-            raise ValueError(f"--load {folder}: has format {about['format']}, this version reads up to {FORMAT}; update the code")
-        about = about | {"recipe": Recipe(**about["recipe"])}
-    except (KeyError, TypeError) as e:
+        recipe = Recipe(**about["recipe"])
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"--load {folder}: its config.json is damaged, or of another version of the code ({e})") from e
     del config.quantization_config
-    return config, about
+    return config, about | {"recipe": recipe}
 
 
 def restore(folder, model, recipe):
@@ -439,7 +443,7 @@ def restore(folder, model, recipe):
 
     Raises OSError, naming a tensor, for what is missing or damaged, ValueError for what does not fit the model.
     """
-    index = read_json(Path(folder, f"{LAYOUTS['awrq'].files}.safetensors.index.json"))
+    index = read_json(Path(folder, f"{LAYOUTS['awrq'].files}.safetensors.index.json"), ("weight_map", "sha256"))
     shards = {file: {} for file in sorted(set(index["weight_map"].values()))}
     for name, file in index["weight_map"].items():
         shards[file][name] = index["sha256"][name]
@@ -473,7 +477,7 @@ def load(folder, dtype="auto", device="cpu", kernel=None):
         block = decoder_blocks(model)[i]
         for name, (q, grid) in codes.items() if computes_integers(about["recipe"]) else ():
             block.set_submodule(name, IntLinear(block.get_submodule(name), q, grid, kernel))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = GenerationConfig.from_dict(read_json(Path(folder, GENERATION), ()))
     return model.eval()
 
 
@@ -539,7 +543,7 @@ class Store:
             if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
                 raise ValueError(f"--checkpoint_dir {folder}: has other files in it; give it a folder of its own")
             write_json(path, run)
-        other = list(differences(read_json(path), run))
+        other = list(differences(read_json(path, ()), run))
         if other:
             raise ValueError(f"--checkpoint_dir {folder}: is of another run: {some(other)}; give another folder")
         sweep(self.folder, "*.partial")
@@ -569,7 +573,7 @@ class Store:
 
     def restore(self, i, block, groups, batch, x):
         """Make block i what it was when it was finished, and after the last such one x what entered the next: layers, codes."""
-        entry = read_json(self.path("block", i, "json"))
+        entry = read_json(self.path("block", i, "json"), ("layers", "tensors"))
         codes = restore_block(block, read_shard(self.path("block", i), entry["tensors"]), groups, batch, self.recipe)
         if i + 1 == self.finished < self.blocks:
             x[:] = [h.to(x[0].device) for h in read_shard(self.path("inputs", i + 1), entry["inputs"]).values()]

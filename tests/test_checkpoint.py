@@ -144,8 +144,22 @@ def test_a_loaded_model_generates(folder):
     model, loaded = tiny_model(), load(folder)
     for _ in quantize_blocks(model, IDS, recipe(smooth=True)):
         pass
-    tokens, ours = (m.generate(IDS[:1], max_new_tokens=12, do_sample=False) for m in (model, loaded))
-    assert tokens.equal(ours) and ours.shape[1] > 16
+    length = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    tokens, ours = (m.generate(IDS, **length) for m in (model, loaded))
+    assert tokens.equal(ours) and ours.shape == (4, 28)
+    assert ours.equal(torch.cat([loaded.generate(ids, **length) for ids in IDS.split(1)])), "a sequence does not depend on the others"
+
+
+def test_a_generation_config_that_transformers_would_not_save(tmp_path):
+    """Some on the hub are like this: LLaMA 2's once had a temperature without do_sample."""
+    model = tiny_model()
+    model.generation_config.temperature = 0.6
+    with pytest.raises(ValueError, match="do_sample"):
+        model.generation_config.save_pretrained(tmp_path)
+    saved(tmp_path / "saved", model, {"method": "rtn"})
+    checkpoint.export(tmp_path / "saved", tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert load(tmp_path / "saved").generation_config.temperature == exported.generation_config.temperature == 0.6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -236,6 +250,17 @@ DAMAGE = {
     "no index": (lambda f: (f / "awrq.safetensors.index.json").unlink(), OSError, ["index.json", "missing"]),
     "no config": (lambda f: (f / "config.json").unlink(), OSError, ["config.json"]),
     "half an index": (lambda f: (f / "awrq.safetensors.index.json").write_text('{"weight'), OSError, ["index.json", "damaged"]),
+    "no checksums": (
+        lambda f: edit(f / "awrq.safetensors.index.json", lambda c: c.pop("sha256")),
+        OSError,
+        ["index.json", "damaged", "sha256"],
+    ),
+    "no generation config": (lambda f: (f / "generation_config.json").unlink(), OSError, ["generation_config.json", "missing"]),
+    "a setting out of range": (
+        lambda f: edit(f / "config.json", lambda c: c["quantization_config"]["recipe"].update(wbits=99)),
+        ValueError,
+        ["--load", "config.json", "99"],
+    ),
     "shards swapped": (
         lambda f: shutil.copy(f / "awrq-00001-of-00003.safetensors", f / BLOCK),
         OSError,
