@@ -238,16 +238,14 @@ def check_compressed_tensors(recipe, config):
     check_packable(recipe, config)
     family = FAMILIES[config.model_type]
     block = decoder_blocks(empty_model(config))[0]
-    ragged, divided, acts = [], [], recipe.act_bits < 16
+    ragged, divided, tokens = [], [], recipe.act_bits < 16 and recipe.act_pertoken and family.flat
     for group in family.groups:
         ragged += [name for name in group.linears if recipe.groupsize != -1 and block.get_submodule(name).in_features % recipe.groupsize]
         divided += [name for name in group.linears if recipe.smooth and not group.exact(config)]
     for wrong, lack in (
-        (recipe.wbits not in (4, 8), f"weights of {recipe.wbits} bits; give --wbits 4 or 8"),
-        (acts and recipe.act_bits != 8, f"activations of {recipe.act_bits} bits; give --act_bits 8"),
         (ragged, f"shorter last group, which --groupsize {recipe.groupsize} leaves in {', '.join(ragged)}; give another"),
         (divided, f"input that is divided at run time, as smoothing needs it for {', '.join(divided)}; leave out --smooth"),
-        (acts and recipe.act_pertoken and family.flat, f"scale per token for {', '.join(family.flat)} here; leave out --act_pertoken"),
+        (tokens, f"scale per token for {', '.join(family.flat)} here; leave out --act_pertoken"),
     ):
         if wrong:
             raise ValueError(f"--export compressed-tensors: the format has no {lack}")
@@ -492,7 +490,7 @@ def differences(there, here, path=""):
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{path}{key}.")
         elif a != b:
-            yield f"{path}{key} is {a} there, {b} here"
+            yield f"{path}{key} is {a!s:.24} there, {b!s:.24} here"
 
 
 def some(items, n=3):

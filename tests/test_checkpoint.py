@@ -504,6 +504,9 @@ EXPORTED = [
     (TYPES[2], {"smooth": True, "act_pertoken": True}),
     (TYPES[3], {"act_pertoken": True, "groupsize": 16, "sym": True}),
     (TYPES[4], {"wbits": 8}),
+    (TYPES[0], {"wbits": 3, "groupsize": 16}),
+    (TYPES[2], {"wbits": 3, "sym": True, "act_bits": 6}),
+    (TYPES[1], {"wbits": 5}),
     (TYPES[2], {"method": "gptq", "act_bits": 16, "groupsize": 32}),
 ]
 
@@ -532,8 +535,6 @@ def test_transformers_alone_loads_an_export(kind, settings, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("kind", "settings", "parts"),
     [
-        (TYPES[0], {"wbits": 3}, ["3 bits", "--wbits 4 or 8"]),
-        (TYPES[0], {"act_bits": 6}, ["6 bits", "--act_bits 8"]),
         (TYPES[0], {"groupsize": 24}, ["--groupsize 24", "fc1"]),
         (TYPES[0], {"act_pertoken": True}, ["fc1, fc2", "--act_pertoken"]),
         (TYPES[1], {"smooth": True}, ["q_proj", "fc1", "--smooth"]),
