@@ -90,18 +90,19 @@ def sha256(tensor):
 
 def write_shard(path, tensors):
     """Write {name: tensor} to a safetensors file, whole or not at all: {name: sha256}.  Raises OSError, for example if the disk is full."""
-    partial = f"{path}.partial"
+    partial = Path(f"{path}.partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with open(partial, "wb") as f:
-        mode = os.fstat(f.fileno()).st_mode
     try:
+        with open(partial, "wb") as f:
+            mode = os.fstat(f.fileno()).st_mode
         save_file(tensors, partial, metadata={"format": "pt"})
-    except SafetensorError as e:
+        with open(partial, "rb") as f:
+            os.fchmod(f.fileno(), mode)  # save_file lets nobody else read it
+            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        partial.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({e})") from e
-    with open(partial, "rb") as f:
-        os.fchmod(f.fileno(), mode)  # save_file lets nobody else read it
-        os.fsync(f.fileno())  # a crash must not leave the name without the bytes
-    os.replace(partial, path)
     return {name: sha256(tensor) for name, tensor in tensors.items()}
 
 

@@ -17,6 +17,7 @@ import torch
 from conftest import TINY, save_model, tiny_model, token_ids, toy_tokenizer
 from safetensors.torch import load_file
 from test_cli import cli, user  # noqa: F401  a fixture
+from test_zeroshot import rows_of
 from transformers import AutoModelForCausalLM
 
 import checkpoint
@@ -27,6 +28,9 @@ from checkpoint import FORMAT, Store, Writer, load, pack, unpack
 from evalutils import decode, perplexity
 from modelutils import decoder_blocks, load_model, quantize_blocks
 from quant import IntLinear, QuantLinear, Recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import compare_export  # noqa: E402
 
 IDS, TEXT = token_ids(4, 16), token_ids(1, 320, seed=3)[0]
 TYPES = ("opt", "pre-norm"), ("opt", "post-norm"), ("llama", "grouped"), ("llama", "llama3"), ("qwen3", "wide")
@@ -546,6 +550,21 @@ def test_what_the_format_cannot_say(kind, settings, parts, tmp_path):
     with pytest.raises(ValueError) as e:
         Writer(tmp_path / "exported", tiny_model(*kind), toy_tokenizer(), recipe(**settings), "compressed-tensors")
     assert all(part in str(e.value) for part in parts), e.value
+
+
+def test_comparing_an_export(run_script, tmp_path):
+    """The script finds no difference in an export, and every difference in one of another model."""
+    folders = {seed: (tmp_path / f"saved {seed}", tmp_path / f"exported {seed}") for seed in (0, 1)}
+    for seed, (folder, exported) in folders.items():
+        saved(folder, tiny_model("llama", "grouped", seed))
+        checkpoint.export(folder, exported)
+    (tmp_path / "copa").mkdir()
+    (tmp_path / "copa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("copa", 9)))
+    arguments = ("--tasks", "copa", "--data_dir", tmp_path, "--runs", 2)
+    status, out, _ = run_script(compare_export, *folders[0], *arguments)
+    assert status == 0 and "18 log-likelihoods differ by 0.0e+00" in out
+    status, out, _ = run_script(compare_export, folders[0][0], folders[1][1], *arguments, "--no-float64")
+    assert status == 1 and out.count("NO NEAR TIE") > 2 and "float64" not in out
 
 
 # ---------------------------------------------------------------------------
