@@ -49,8 +49,18 @@ def inverse_factor(H, percdamp, name="layer"):
             raise FloatingPointError(f"{name}: the Hessian of its inputs is not positive definite, even with --percdamp {percdamp:g}")
         damped, percdamp = percdamp, min(max(10 * percdamp, 0.01), 1.0)
         warnings.warn(f"{name}: Hessian not positive definite with --percdamp {damped:g}; going on with {percdamp:g}", stacklevel=2)
-    V = V.flip(0, 1)
-    return torch.linalg.solve_triangular(V, torch.eye(len(V), device=V.device), upper=True)
+    return invert_upper(V.flip(0, 1))
+
+
+def invert_upper(V):
+    """Upper triangular V (C, C) to its inverse, in place: by halves, a third of the work that solving for the identity takes."""
+    m = len(V) // 2
+    A, B, D = V[:m, :m], V[:m, m:], V[m:, m:]
+    if m < SPAN:
+        return V.copy_(torch.linalg.solve_triangular(V, torch.eye(len(V), dtype=V.dtype, device=V.device), upper=True))
+    invert_upper(A), invert_upper(D)
+    B.copy_((A @ B).neg_() @ D)
+    return V
 
 
 @contextmanager
