@@ -510,6 +510,8 @@ def write_json(path, content):
         with open(partial, "w") as f:
             json.dump(content, f, indent=1, allow_nan=False)
             f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
         os.replace(partial, path)
     finally:
         with suppress(FileNotFoundError):
