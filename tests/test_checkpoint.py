@@ -5,8 +5,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
+import traceback
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ import reference
 import torch
 from conftest import TINY, WORDS, save_model, tiny_model, token_ids, toy_tokenizer
 from safetensors.torch import load_file
-from test_cli import cli, user  # noqa: F401  a fixture
+from test_cli import cli  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
 import checkpoint
@@ -317,8 +317,11 @@ def in_child(action):
     if not child:
         status = 1
         try:
+            torch.set_num_threads(1)  # a fork has no other threads
             action()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return os.waitpid(child, 0)[1]
@@ -403,7 +406,7 @@ def run(store=None, wbits=4, walk_batch=2, kind=TYPES[0], **settings):
 
 
 def killed_runs(folder, n=10):
-    """Kill a run at n moments spread over it, in the middle of blocks and of writes, and go on: for the test below, in its own process."""
+    """Kill a run at n moments spread over it, in the middle of blocks and of writes, and go on.  Patches modules: for a fork."""
     count, last = 0, None
 
     def tick(name, path=None):
@@ -443,12 +446,8 @@ def killed_runs(folder, n=10):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    code = f"import test_checkpoint; print(list(test_checkpoint.killed_runs({str(tmp_path)!r})))"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parent)])
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # a fork has no other threads
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    finished = json.loads(done.stdout)
+    assert in_child(lambda: (tmp_path / "finished").write_text(json.dumps(list(killed_runs(tmp_path / "stores"))))) == 0
+    finished = json.loads((tmp_path / "finished").read_text())
     assert len(finished) == 10 and {0, 1} <= set(finished) <= {0, 1, 2}
 
 
@@ -654,17 +653,18 @@ def test_a_target_that_cannot_be(refused, tiny_opt, folder, tmp_path):
         refused(["act_only", "pack"], tiny_opt, "--method", "act_only", *flag)
 
 
-def test_a_disk_that_is_full(tiny_opt, corpora, tmp_path):
-    """As test_a_full_disk, from a shell: one line, exit status 2, nothing under the name or beside it."""
-    awrq = (tiny_opt, "--method", "rtn", "--wbits", 4, "--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--seqlen", 16)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-    try:
-        run = user(*awrq, "--nsamples", 2, "--device", "cpu", "--save", tmp_path / "saved")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert run.returncode == 2 and "opt.py: error" in run.stderr and "saved" in run.stderr.splitlines()[-1], run.stderr
-    assert not list(tmp_path.iterdir())
+def test_a_disk_that_is_full(refused, tiny_opt, tmp_path):
+    """As test_a_full_disk, on the command line: one line, exit status 2, nothing under the name or beside it, no half of a block."""
+    rtn = (tiny_opt, "--method", "rtn", "--wbits", 4, "--calib_data", "own", "--seqlen", 16, "--nsamples", 2)
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        refused(["awrq-00001", "cannot be written", "too large"], *rtn, "--save", tmp_path / "saved")
+        assert not list(tmp_path.iterdir())
+        refused(["block-00000", "cannot be written", "too large"], *rtn, "--checkpoint_dir", tmp_path / "blocks")
+        assert [path.name for path in (tmp_path / "blocks").glob("block*")] == []
+
+    assert in_child(write) == 0
 
 
 def test_main_too(corpora, tmp_path, monkeypatch, capfd):
