@@ -149,7 +149,7 @@ def claim(owner, folder, name):
 def sweep(folder, pattern):
     """Remove what a killed run has left half-written."""
     for path in folder.glob(pattern):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # ---------------------------------------------------------------------------
