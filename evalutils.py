@@ -48,14 +48,14 @@ def plan(args, config, tokenizer):
 
     Raises ValueError or OSError if that is nothing, if a task or its data is not there, if results cannot be written.
     """
-    names = dict.fromkeys(name for name in args.eval.split(",") if name)
-    corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in names]
-    if not corpora and not args.tasks:
+    names, patterns = ([name for name in (listed or "").split(",") if name] for listed in (args.eval, args.tasks))
+    corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in dict.fromkeys(names)]
+    if not corpora and not patterns:
         raise ValueError("nothing to evaluate: give --tasks or --eval")
     if args.compare_full and args.method == "full":
         raise ValueError("--compare_full: --method full has nothing to compare")
     check_writable(args.output_path)
-    tasks = load_tasks(args.tasks.split(","), args.data_dir, args.num_fewshot, args.skip_missing) if args.tasks else []
+    tasks = load_tasks(patterns, args.data_dir, args.num_fewshot, args.skip_missing) if patterns else []
     for task in leaves(tasks):
         check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
     return corpora, tasks
@@ -258,6 +258,14 @@ def task_protocol(task):
     return {"split": split, "source": ", ".join(map(str, filter(None, (config.dataset_path, config.dataset_name)))) or "the task's own"}
 
 
+def _pieces(key, context, continuation, size):
+    """A request of lm-eval's scorer, cut into requests of at most `size` tokens of continuation.  Only a whole one keeps its key."""
+    if not continuation:
+        raise ValueError(f"an answer without a token, after {key and key[0][-40:]!r}; correct the rows of the task")
+    for i in range(0, len(continuation), size):
+        yield key if len(continuation) <= size else None, context + continuation[:i], continuation[i : i + size]
+
+
 class QuantizedLM(huggingface.HFLM):
     """lm-eval's adapter and scorer for a model of transformers, which also tells quantized linears which tokens are padding."""
 
@@ -268,7 +276,16 @@ class QuantizedLM(huggingface.HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.
+
+        Raises ValueError for a token that the model does not know, and for a continuation without tokens.
+        """
         check_vocabulary(self.config, [torch.tensor(context + continuation) for _, context, continuation in requests])
+        size = self.max_length
+        cut = sum(len(context) + len(continuation) > size + 1 for _, context, continuation in requests)
+        if cut:  # lm-eval says it of each, on a log that we silence
+            longer = f"{cut} of {len(requests)} prompts with an answer are longer than the model's context, {size} tokens"
+            warnings.warn(f"{longer}; their start is cut off", stacklevel=2)
 
         def pad(length, rows, **side):
             self.lengths = torch.tensor([len(row) for row in rows])
@@ -276,8 +293,11 @@ class QuantizedLM(huggingface.HFLM):
 
         # The scorer pads with token 0, which can be a real one, and passes neither lengths nor a mask on: here it still knows them.
         huggingface_pad = huggingface.pad_and_concat
+        pieces = [list(_pieces(*request, size)) for request in requests]
         with patch.object(huggingface, "pad_and_concat", pad):
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            scores = iter(super()._loglikelihood_tokens([piece for request in pieces for piece in request], *args, **kwargs))
+        parts = [[next(scores) for _ in request] for request in pieces]
+        return [(sum(score for score, _ in part), all(greedy for _, greedy in part)) for part in parts]
 
     def _model_call(self, inps, **kwargs):
         lengths, self.lengths = self.lengths, None
@@ -484,9 +504,18 @@ def describe(report):
         calib,
         f"arithmetic: {protocol['arithmetic']}",
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+        task_speed([run["tasks"] for run in (report["full"], report["results"]) if run and run["tasks"]], seconds.get("tasks")),
         "peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in peak.items() if value is not None),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def task_speed(found, seconds):
+    """How fast tasks were evaluated, in words; "" without tasks.  found: what zero_shot returned, of each model."""
+    if not found:
+        return ""
+    items = sum(n["effective"] for run in found for n in run["n-samples"].values())
+    return f"tasks: {items} items in batches of {found[0]['config']['batch_size']}, {items / seconds:.1f} a second"
 
 
 def check_writable(path):

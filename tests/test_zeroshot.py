@@ -155,6 +155,39 @@ def test_a_token_that_the_model_does_not_know():
         lm._loglikelihood_tokens([(None, [5, len(WORDS)], [6])], disable_tqdm=True)
 
 
+def test_an_answer_longer_than_the_context_is_scored_piece_by_piece():
+    """lm-eval stops there.  Answers that fit are as they were, also in the same batch."""
+    model, n, words = tiny_model("llama", "plain"), 64, token_ids(1, 200)[0].tolist()
+    long, short = (None, words[:5], words[5:160]), (None, words[5:9], words[9:20])
+    lm = QuantizedLM(model, toy_tokenizer(), batch_size=3)
+    with pytest.warns(UserWarning, match="^1 of 2 prompts with an answer are longer than .* 64 tokens"):
+        found = lm._loglikelihood_tokens([long, short], disable_tqdm=True)
+    expected = 0.0
+    for start in range(5, 160, n):
+        end = min(start + n, 160)
+        window = torch.tensor([words[max(0, end - n - 1) : end]])
+        with torch.no_grad():
+            logits = model(window[:, :-1]).logits[0].log_softmax(-1)
+        scores = logits.gather(1, window[0, 1:, None])[:, 0]
+        expected += scores[start - end :].sum().item()
+    (alone,) = HFLM(pretrained=model, tokenizer=toy_tokenizer())._loglikelihood_tokens([short], disable_tqdm=True)
+    assert found == [(pytest.approx(expected, rel=1e-5), False), (pytest.approx(alone[0], rel=1e-5), alone[1])]
+
+
+def test_a_long_prompt_loses_its_start_and_that_is_said(recwarn):
+    model, words = tiny_model("llama", "plain"), token_ids(1, 90)[0].tolist()
+    lm = QuantizedLM(model, toy_tokenizer())
+    ((cut, _),) = lm._loglikelihood_tokens([(None, words[:80], words[80:])], disable_tqdm=True)
+    assert "1 of 1 prompts with an answer are longer" in str(recwarn.pop(UserWarning).message)
+    ((fits, _),) = lm._loglikelihood_tokens([(None, words[25:80], words[80:])], disable_tqdm=True)
+    assert cut == fits and not [w for w in recwarn if "longer" in str(w.message)]
+
+
+def test_an_answer_without_tokens():
+    with pytest.raises(ValueError, match="without a token, after 'Tom is'"):
+        QuantizedLM(quantized(), toy_tokenizer())._loglikelihood_tokens([(("Tom is", " "), [5, 6], [])], disable_tqdm=True)
+
+
 # ---------------------------------------------------------------------------
 # Where the model is
 
