@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -295,6 +296,21 @@ def test_storycloze_is_that_of_2018(data):
         assert [task.config.task for task in load_tasks(["copa", "storycloze"], data, skip_missing=True)] == ["copa"]
     with pytest.raises(OSError, match="none of them"), pytest.warns(UserWarning):
         load_tasks(["storycloze"], data, skip_missing=True)
+
+
+def test_storycloze_is_converted_as_the_readme_says(tmp_path, monkeypatch):
+    readme = (Path(evalutils.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "storycloze" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DIR/storycloze_2018").mkdir(parents=True)
+    header = "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2"
+    (tmp_path / "cloze_test_val.csv").write_text(f'{header},AnswerRightEnding\nid,One.,"Two, three.",Four.,Five.,"Say ""six"".",Seven.,2\n')
+    exec(code)
+    with pytest.warns(UserWarning, match="evaluated is validation"):
+        (task,) = load_tasks(["storycloze"], tmp_path / "DIR")
+    (doc,) = task.eval_docs
+    assert task.doc_to_text(doc) == "One. Two, three. Four. Five."
+    assert task.doc_to_choice(doc) == ['Say "six".', "Seven."] and int(task.doc_to_target(doc)) == 1
 
 
 @pytest.mark.parametrize(
