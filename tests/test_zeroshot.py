@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from lm_eval.models.huggingface import HFLM
 import evalutils
 import modelutils
 import quant
-from evalutils import QuantizedLM, accuracies, average, leaves, load_tasks, task_protocol, task_table, zero_shot
+from evalutils import QuantizedLM, accuracies, average, check_fewshot, leaves, load_tasks, task_protocol, task_table, zero_shot
+from gptq import one_thread
 from modelutils import FAMILIES, decoder_blocks, load_model, load_tokenizer, padded, placed, quantize_blocks
 from quant import QuantLinear, Recipe
 
@@ -94,6 +96,21 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch, family, variant):
     monkeypatch.setattr(modelutils, "padded", None)
     monkeypatch.setattr(evalutils, "padded", contextmanager(lambda model, real: (yield)))
     assert (scores(8) - alone).abs().max() > 1e-2, "the test would not see padding in the ranges"
+
+
+def test_batches_are_several_times_faster(capsys):
+    """Processor time on one thread, the best of three: other work on the machine then does not count."""
+    model, made, seconds = quantized(), [request for seed in range(6) for request in requests(seed)], {1: [], 16: []}
+    with one_thread():
+        for batch_size in 3 * list(seconds):
+            lm = QuantizedLM(model, toy_tokenizer(), batch_size)
+            start = time.process_time()
+            lm._loglikelihood_tokens(made, disable_tqdm=True)
+            seconds[batch_size].append(time.process_time() - start)
+    ratio = min(seconds[1]) / min(seconds[16])
+    with capsys.disabled():
+        print(f" [batches of 16: {ratio:.1f} times as fast]", end="")
+    assert ratio > 2
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -342,12 +359,39 @@ def test_few_shot_examples_need_their_split(data):
     assert [run["n-shot"]["copa"] for run in found] == [0, 2]
 
 
-@pytest.mark.parametrize(("line", "part"), [("{", "not JSON"), ("", "not JSON")])
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "line 10: not JSON"),
+        ("", "line 10: not JSON"),
+        ("3", "line 10: not an object"),
+        ('{"premise": "word1.", "question": "cause", "label": 0}', "line 10: its fields are premise, question, label, those .* choice1"),
+        (json.dumps(rows_of("copa", 1)[0] | {"label": "one"}), "cannot be loaded"),
+    ],
+)
 def test_a_broken_file_is_named(data, line, part):
     path = data / "copa/validation.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(OSError, match=f"validation.jsonl, line 10: {part}"):
-        load_tasks(["copa"], data)
+    with pytest.raises(ValueError, match=f"copa: .*{part}.*; correct .*copa/validation.jsonl"):
+        load_tasks(["copa"], data, skip_missing=True)
+
+
+def test_a_broken_task_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: [")
+    with pytest.raises(OSError, match="mine.yaml: its data cannot be loaded .*; correct the file") as caught:
+        load_tasks([str(path)])
+    assert "\n" not in str(caught.value) and "--data_dir" not in str(caught.value)
+
+
+def test_more_examples_than_there_are(data):
+    shutil.copy(data / "copa/validation.jsonl", data / "copa/train.jsonl")
+    (task,) = load_tasks(["copa"], data, num_fewshot=10)
+    for n in (None, 0, 8):
+        check_fewshot(task, n)
+        zero_shot(quantized(), toy_tokenizer(), [task], num_fewshot=n, limit=1)
+    with pytest.raises(ValueError, match="--num_fewshot 9: draws from 10 examples or more, copa has 9"):
+        check_fewshot(task, 9)
 
 
 def test_results_are_those_of_the_harness(data):
@@ -383,6 +427,12 @@ def test_the_table():
     assert lines[3] == ["copa", "0", "acc", "awrq W4A8", "0.5000", "0.0300"]
     assert ["piqa", "0", "acc_norm", "full", "0.5000", ""] in lines
     assert lines[-2:] == [["average", "", "acc", "full", "0.5000", "0.0250"], ["average", "", "acc", "awrq W4A8", "0.3750", "0.0250"]]
+
+
+def test_a_metric_after_several_filters_is_told_apart():
+    found = {"results": {"sums": {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}}, "n-shot": {}}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in task_table({"full": found}).splitlines()[2:]]
+    assert [row[2:5] for row in rows] == [["exact_match (strict)", "full", "0.2500"], ["exact_match (flexible)", "full", "0.5000"]]
 
 
 def test_the_average_leaves_out_groups_and_unknown_errors():
