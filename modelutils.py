@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -128,9 +129,11 @@ def load_config(name, script=None):
     except Exception as e:  # transformers raises whatever its validators do
         if os.path.isfile(os.path.join(name, "config.json")):
             raise OSError(f"{name}: its config.json is not one that transformers {transformers.__version__} takes ({_reason(e)})") from e
+        if isinstance(e.__cause__, GatedRepoError):
+            raise OSError(f"{name} is gated: ask for access at https://huggingface.co/{name}, then `hf auth login`") from e
         raise OSError(
             f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
-            f" ({_reason(e)}); a gated model needs `hf auth login`"
+            f" ({_reason(e)}); a private model needs `hf auth login`"
         ) from e
     if config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}")

@@ -35,7 +35,7 @@ def json_of(cli, tiny_opt, corpora, tmp_path):
         path = tmp_path / "run.json"
         defaults = ("--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--nsamples", 3, "--seqlen", 16, "--device", "cpu")
         status, out, err = cli(tiny_opt, *defaults, *arguments, "--output_path", path)
-        assert status == 0 and not err, err
+        assert status == 0 and not [line for line in err if not line.endswith(CUT)], err
         run = json.loads(path.read_text())
         path.unlink()
         return run | {"out": out}
@@ -49,6 +49,7 @@ def json_of(cli, tiny_opt, corpora, tmp_path):
 AWRQ = ("--method", "awrq", "--wbits", "4")
 GROUPED = (*AWRQ, "--groupsize", "12")
 SMOOTH = (*AWRQ, "--smooth")
+CUT = "longer than the model's context, 64 tokens; their start is cut off"  # as are the demo's stories, for a tiny model
 TASK = ("--tasks", SCRIPT.parent / "demo/tasks/world_why.yaml", "--limit", "4")
 
 
