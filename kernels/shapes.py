@@ -45,13 +45,18 @@ def model(name):
     return known[name]
 
 
-def linears(name, fused=False):
-    """Rows and columns of the linears of a block, each shape once: ((R, C), ...).  fused: q/k/v as one, and gate/up."""
+def block_linears(name, fused=False):
+    """Rows and columns of every linear of a block, [(R, C)], in the order of execution.  fused: q/k/v as one, and gate/up."""
     m = model(name)
     kv = m.hidden // m.heads * m.kv_heads
-    gates = 2 if fused and m.family == "llama" else 1
-    inputs = ((m.hidden + 2 * kv, m.hidden),) if fused else ((m.hidden, m.hidden), (kv, m.hidden))
-    return tuple(dict.fromkeys((*inputs, (m.hidden, m.hidden), (gates * m.mlp, m.hidden), (m.hidden, m.mlp))))
+    read_by_one = ([m.hidden, kv, kv], [m.mlp] * (2 if m.family == "llama" else 1))
+    qkv, gates = ([(sum(rows), m.hidden)] if fused else [(r, m.hidden) for r in rows] for rows in read_by_one)
+    return [*qkv, (m.hidden, m.hidden), *gates, (m.hidden, m.mlp)]
+
+
+def linears(name, fused=False):
+    """The same, each shape once."""
+    return tuple(dict.fromkeys(block_linears(name, fused)))
 
 
 LAYERS = tuple(dict.fromkeys(shape for name in MODELS for shape in linears(name)))
