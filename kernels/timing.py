@@ -22,7 +22,10 @@ def enough_copies(device, size):
 
 
 def captured(call, device):
-    """A function that does what call() did when it was captured, as one CUDA graph.  call runs twice before that, as kernels are loaded."""
+    """A function that does again what call() did when it was captured, as one CUDA graph, and returns what that returned, renewed.
+
+    call runs twice before it is captured, as kernels are loaded on first use.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -31,8 +34,13 @@ def captured(call, device):
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        result = call()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def seconds(call, device):
