@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 INTERPRETED = """
 import json
-import reference
+import awrq, gptq, reference
 import torch
 from kernels.span import round_span
-from quant import Grid, find_grid
+from quant import Recipe, find_grid
 
 results = []
 for R, C, bits, groups, published in ((40, 24, 4, False, False), (33, 17, 3, True, True), (1, 2, 2, False, True)):
@@ -29,7 +29,7 @@ for R, C, bits, groups, published in ((40, 24, 4, False, False), (33, 17, 3, Tru
     grid = find_grid(W, bits, 4 if groups else -1)
     scale, zero = (grid.columns(p, C).T.contiguous().expand(C, -1) for p in (grid.scale, grid.zero))
     first = W + 0.3 * grid.columns(grid.scale, C) if published else W
-    w, q = W.T.clone(memory_format=torch.contiguous_format), torch.full((C + 1, R), 77, dtype=torch.uint8)
+    w, q = W.T.clone(memory_format=torch.contiguous_format), torch.full((C + 1, R), 77.0)
     round_span(w, q[:C], U, scale, zero, bits, first[:, 0] if published else None)
     errors = torch.zeros(R, C, dtype=torch.double)
     left, wanted = W.double(), torch.empty(R, C)
@@ -41,6 +41,18 @@ for R, C, bits, groups, published in ((40, 24, 4, False, False), (33, 17, 3, Tru
     same = (q[:C].T == wanted).float().mean().item()
     off = ((w.T - errors).abs().max() / errors.abs().max()).item()
     results.append({"same": same, "off": off, "untouched": bool((q[C] == 77).all())})
+for C, groupsize, options in ((160, -1, {}), (300, 64, {"actorder": True}), (70, 32, {})):  # whole layers: spans by the kernel, or without
+    W, X = reference.layer(20, C, dead=2)
+    recipe = Recipe("awrq", wbits=4, act_bits=8, groupsize=groupsize, **options)
+    both = []
+    for kernel in (None, round_span):
+        gptq.span_kernel = lambda device, blocksize, kernel=kernel: kernel
+        stats = awrq.Moments(C, recipe, "cpu")
+        stats.add(X)
+        both.append(awrq.quantize(W, stats, recipe, "layer"))
+    (q, grid), (other, again) = both
+    same = (q == other).float().mean().item()
+    results.append({"same": float(same > 0.999), "off": (grid.scale - again.scale).abs().max().item(), "untouched": True})
 print(json.dumps(results))
 """
 
@@ -52,7 +64,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.span import ROWS, SPAN, WARPS, span_kernel
 
-pointers = dict.fromkeys(("w", "U", "scale", "zero", "first"), "*fp32") | {"q": "*u8"}
+pointers = dict.fromkeys(("w", "codes", "U", "scale", "zero", "first"), "*fp32")
 numbers = {name: "i32" for name in span_kernel.arg_names if name.endswith("stride")} | {"levels": "fp32", "R": "i32", "n": "i32"}
 constants = {"FIRST": True, "SPAN": SPAN, "ROWS": ROWS}
 source = ASTSource(span_kernel, pointers | numbers | dict.fromkeys(constants, "constexpr"), constants)
