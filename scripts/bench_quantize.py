@@ -114,8 +114,8 @@ def show(report):
     print(f"  bare passes    {bare['ratio']:9.2f} times as long as {bare['passes']} forward passes through every block and nothing else")
     if found:
         print(
-            f"  solver         {found['ratio']:9.1f} times as fast as the published loop, {found['solve']:.3f} s to {found['published_loop']:.3f}"
-            f" for {found['rows']} x {found['columns']}, {found['equal_codes']:.2%} equal codes"
+            f"  solver         {found['ratio']:9.1f} times as fast as the published loop on {found['rows']} x {found['columns']}: "
+            f"{found['solve']:.3f} s, {found['published_loop']:.3f} s, {found['equal_codes']:.2%} equal codes"
         )
 
 
