@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import resource
-import subprocess
 import tempfile
 import warnings
 from collections import Counter
@@ -27,6 +26,7 @@ from lm_eval.utils import handle_non_serializable
 from tqdm import tqdm
 
 from datautils import file_source, find_file, parse_json, read_rows
+from kernels.timing import commit, write_json
 from modelutils import FAMILIES, METHODS, check_vocabulary, padded, placed, propagate, record_inputs, walk
 from quant import IntLinear, QuantLinear, Recipe
 from speed import decode, prefill
@@ -328,17 +328,6 @@ def versions():
     return found
 
 
-def commit():
-    """The commit of this code, with "+changes" if files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+changes" * bool(changed)
-
-
 def hardware(device):
     """Names of what the numbers were computed on."""
     device = torch.device(device)
@@ -483,16 +472,3 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise OSError(f"--output_path {path}: cannot write into {folder} ({e.strerror}); give another folder") from e
-
-
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
-            f.write("\n")
-        os.replace(partial, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(partial)

@@ -101,6 +101,21 @@ def bench_layers(models, tokens, device, report, save, contenders=CONTENDERS):
         save()
 
 
+def summary(report):
+    """Speedups over float16, a line for each layer and a column for each number of tokens; – where there is none."""
+    times = {(c["rows"], c["columns"], c["tokens"], c["contender"]): best_time(c) for c in report["cells"]}
+    tokens = sorted({c["tokens"] for c in report["cells"] if c["tokens"]})
+
+    def speedup(*at):
+        base, ours = (times.get((*at, name)) for name in ("float16", "w4a8"))
+        return f"{base['median'] / ours['median']:.2f}" if base and ours else "–"
+
+    layers = [(layer["rows"], layer["columns"]) for layer in report["layers"]]
+    rows = [[f"{r} x {c}", *(speedup(r, c, m) for m in tokens)] for r, c in layers]
+    lines = ["".join(f"{cell:>8}" if i else f"{cell:24}" for i, cell in enumerate(row)) for row in [["speedup, tokens", *tokens], *rows]]
+    return "\n".join(lines)
+
+
 def line(cell):
     time = best_time(cell)
     shown = f"{time['median']:9.1f} us  {cell['roofline']:6.1%} of the roofline" if time else f"{'':9}     {cell['reason']}"
@@ -163,6 +178,7 @@ def main(args):
         bench_blocks(models, args.prefill, args.context, args.batch, args.blocks, device, report, save)
     else:
         bench_layers(models, args.tokens or (TOKENS if gpu else CPU_TOKENS), device, report, save)
+        print(summary(report))
     report["finished"] = True
     save()
     return report

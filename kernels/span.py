@@ -4,6 +4,7 @@ A program holds a span of some rows in registers: for each column it rounds, div
 to come.  What gptq.solve does with the same columns, in thousands of operations less.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -11,7 +12,7 @@ SPAN = 128  # most columns of a call
 ROWS, WARPS = 32, 4  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "n", "levels"])  # or each width would be compiled anew
 def span_kernel(
     w, codes, U, scale, zero, first, levels, R, n,
     w_stride, code_stride, u_stride, scale_stride, zero_stride, first_stride,
@@ -50,8 +51,9 @@ def round_span(w, codes, U, scale, zero, bits, first=None):
     n, R = w.shape
     assert n <= SPAN and all(t.stride(1) == 1 for t in (w, codes, scale, zero)), f"{n=}, {[t.stride() for t in (w, codes, scale, zero)]}"
     U = U.contiguous()
-    span_kernel[(triton.cdiv(R, ROWS),)](
-        w, codes, U, scale, zero, w if first is None else first, 2.0**bits - 1, R, n,
-        w.stride(0), codes.stride(0), U.stride(0), scale.stride(0), zero.stride(0), 0 if first is None else first.stride(0),
-        FIRST=first is not None, SPAN=SPAN, ROWS=ROWS, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(w):  # Triton launches on the current one
+        span_kernel[(triton.cdiv(R, ROWS),)](
+            w, codes, U, scale, zero, w if first is None else first, 2.0**bits - 1, R, n,
+            w.stride(0), codes.stride(0), U.stride(0), scale.stride(0), zero.stride(0), 0 if first is None else first.stride(0),
+            FIRST=first is not None, SPAN=SPAN, ROWS=ROWS, num_warps=WARPS,
+        )  # fmt: skip

@@ -85,10 +85,3 @@ def test_times_are_per_call():
 def test_ceilings_are_of_this_machine():
     found = timing.ceilings(CPU)
     assert set(found) == {"bytes", "float16", "bfloat16", "int8"} and all(rate > 1e6 for rate in found.values())
-
-
-def test_json_is_written_whole(tmp_path):
-    timing.write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(ValueError):
-        timing.write_json(tmp_path / "a.json", {"a": float("nan")})
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
