@@ -104,18 +104,18 @@ def test_compiles_without_spills(arch, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("settings", [{}, {"groupsize": 64, "actorder": True}, {"blocksize": 8}, {"act_pertoken": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"groupsize": 64, "actorder": True}, {"blocksize": 8}], ids=str)
 def test_a_layer_on_a_gpu_is_that_on_a_cpu(settings, dtype):
     """Statistics on tensor cores and columns by the kernel, against float64 statistics and PyTorch on a CPU."""
     W, X = reference.layer(200, 520, dead=2)
     X, recipe = X.to(dtype), Recipe("awrq", wbits=4, act_bits=8, **settings)
     stats, on_gpu = awrq.Moments(520, recipe, "cpu"), awrq.Moments(520, recipe, "cuda")
     on_gpu.add(X.cuda())
-    x, xq = X.double().flatten(0, 1), reference.fake_quant_act(X, 8, recipe.act_pertoken).flatten(0, 1)
+    x, xq = X.double().flatten(0, 1), reference.fake_quant_act(X, 8).flatten(0, 1)
     stats.H, stats.M = (xq.T @ xq).float(), ((x - xq).T @ xq).float()
-    for name, within in (("H", 1e-6 if settings.get("act_pertoken") is None else 1e-3), ("M", 1e-2)):
+    for name, within in (("H", 1e-6), ("M", 1e-3)):
         ours, wanted = getattr(on_gpu, name).cpu(), getattr(stats, name)
         assert (ours - wanted).norm() <= within * wanted.norm(), name
     q, _ = awrq.quantize(W, stats, recipe, "layer")
     other, _ = awrq.quantize(W.cuda(), on_gpu, recipe, "layer")
-    assert (q == other.cpu()).double().mean() > 0.99
+    assert (q == other.cpu()).double().mean() > 0.98
