@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
 #   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, times of LLaMA-13B's layers
-#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (half an hour)
+#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (an hour)
 # Variables: PYTHON, OUT (the JSON, by default results/gpu_check/NAME_OF_THE_GPU.json; the times go beside it).  Exit status 1 if anything failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
