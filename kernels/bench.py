@@ -48,6 +48,14 @@ def best_time(cell):
     return cell["graph"] or cell["eager"]
 
 
+def speedup(base, other):
+    """How many times as fast as a cell another is: both by graph, else both called one by one; None if there are no such times."""
+    for way in ("graph", "eager"):
+        if base and other and base[way] and other[way]:
+            return base[way]["median"] / other[way]["median"]
+    return None
+
+
 def ideal_seconds(contender, ceiling, rows, columns, tokens):
     """The roofline: (bytes that must be moved, operations, seconds that the slower of both takes at the measured ceilings)."""
     moved = rows * columns * contender.weight_bits / 8 + tokens * (columns * contender.in_bytes + rows * contender.out_bytes)
@@ -103,15 +111,15 @@ def bench_layers(models, tokens, device, report, save, contenders=CONTENDERS):
 
 def summary(report):
     """Speedups over float16, a line for each layer and a column for each number of tokens; – where there is none."""
-    times = {(c["rows"], c["columns"], c["tokens"], c["contender"]): best_time(c) for c in report["cells"]}
+    cells = {(c["rows"], c["columns"], c["tokens"], c["contender"]): c for c in report["cells"]}
     tokens = sorted({c["tokens"] for c in report["cells"] if c["tokens"]})
 
-    def speedup(*at):
-        base, ours = (times.get((*at, name)) for name in ("float16", "w4a8"))
-        return f"{base['median'] / ours['median']:.2f}" if base and ours else "–"
+    def shown(*at):
+        found = speedup(*(cells.get((*at, name)) for name in ("float16", "w4a8")))
+        return f"{found:.2f}" if found else "–"
 
     layers = [(layer["rows"], layer["columns"]) for layer in report["layers"]]
-    rows = [[f"{r} x {c}", *(speedup(r, c, m) for m in tokens)] for r, c in layers]
+    rows = [[f"{r} x {c}", *(shown(r, c, m) for m in tokens)] for r, c in layers]
     lines = ["".join(f"{cell:>8}" if i else f"{cell:24}" for i, cell in enumerate(row)) for row in [["speedup, tokens", *tokens], *rows]]
     return "\n".join(lines)
 

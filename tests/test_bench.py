@@ -272,6 +272,12 @@ def made_up(layers):
     return report
 
 
+def test_only_times_of_one_kind_are_compared():
+    graph, eager = ({"graph": a, "eager": dict.fromkeys(TIME, b)} for a, b in ((dict.fromkeys(TIME, 10), 30), (None, 60)))
+    assert bench.speedup(graph, eager) == 0.5 and bench.speedup(eager, graph) == 2 and bench.speedup(graph, graph) == 1
+    assert bench.speedup(graph, None) is bench.speedup(None, graph) is bench.speedup(graph, {"graph": None, "eager": None}) is None
+
+
 def test_layer_table_has_the_losing_cells(layers):
     text = plot.layer_table(made_up(layers))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 64 x 64 ")]
