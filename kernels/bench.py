@@ -21,8 +21,6 @@ SCHEMA = 1
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CPU_TOKENS = (1, 17)
 CPU_NOTE = "no GPU: tiny models through the PyTorch path on a CPU, to see that the benchmark runs; these times say nothing about speed"
-
-
 NOTHING = dict.fromkeys(("config", "graph", "eager", "reason", "gb_per_second", "tops", "roofline", "ideal_us"))
 
 
@@ -169,6 +167,8 @@ def main(args):
     models = args.models.split(",") if args.models else list(shapes.TIMED if gpu else shapes.TINY)
     for name in models:
         shapes.model(name)
+    if args.blocks is not None and args.blocks < 1:
+        raise ValueError(f"--blocks {args.blocks}: must be at least 1")
     if args.output_path and not os.access(Path(args.output_path).resolve().parent, os.W_OK):
         raise OSError(f"--output_path {args.output_path}: cannot write into its folder; give another, or make it")
     if gpu:

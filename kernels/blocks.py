@@ -232,5 +232,6 @@ def line(cell):
     where = f"{cell['model']:12} {cell['phase']:8} batch {cell['batch']:3}  {cell['tokens']:5} tokens  {cell['contender']:8}"
     if cell["tokens_per_second"] is None:
         return f"{where} {cell['reason']}"
-    whole, block = (bench.best_time(cell[part])["median"] / 1000 for part in ("whole", "block"))
-    return f"{where} {whole:9.3f} ms, a block {block:8.3f} ms, {cell['tokens_per_second']:10.1f} tokens/s"
+    whole, block = (bench.best_time(cell[part]) for part in ("whole", "block"))
+    shown = f"a block {block['median'] / 1000:8.3f} ms" if block else cell["reason"]
+    return f"{where} {whole['median'] / 1000:9.3f} ms, {shown}, {cell['tokens_per_second']:10.1f} tokens/s"

@@ -230,7 +230,11 @@ def test_blocks_beyond_the_memory_are_said(monkeypatch):
     monkeypatch.setitem(blocks.STEPS, "decode", full)
     cell = blocks.bench_cell(blocks.build("tiny-llama", 1, "float16", CPU, 8), "decode", 1, 4, CPU)
     assert cell["reason"] == "out of memory" and cell["whole"] is None
-    assert "out of memory" in blocks.line(cell | {"model": "a", "phase": "decode", "batch": 1, "tokens": 4, "contender": "w4a8"})
+    where = {"model": "a", "phase": "decode", "batch": 1, "tokens": 4, "contender": "w4a8"}
+    assert "out of memory" in blocks.line(cell | where)
+    timed, untimed = ({"graph": None, "eager": dict.fromkeys(TIME, us)} if us else {"graph": None, "eager": None} for us in (5000, 0))
+    line = blocks.line(cell | where | {"whole": timed, "block": untimed, "tokens_per_second": 200.0, "reason": "eager: no"})
+    assert "5.000 ms, eager: no," in line
 
 
 # ---------------------------------------------------------------------------
@@ -330,6 +334,8 @@ def test_bad_input_of_the_bench_is_named(capsys):
         with pytest.raises(SystemExit):
             bench.parser().parse_args(arguments)
         assert part in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(ValueError, match="--blocks 0: must be at least 1"):
+        bench.main(bench.parser().parse_args(["--block", "--blocks", "0"]))
     with pytest.raises(OSError, match="--output_path no/such/folder/a.json: cannot write"):
         bench.main(bench.parser().parse_args(["--output_path", "no/such/folder/a.json"]))
     done = subprocess.run([sys.executable, "-m", "kernels.bench", "--models", "llama-1t"], cwd=ROOT, capture_output=True, text=True)
