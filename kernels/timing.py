@@ -164,6 +164,8 @@ def write_json(path, content):
         with open(partial_file, "w") as f:
             json.dump(content, f, indent=1, allow_nan=False)
             f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
         os.replace(partial_file, path)
     finally:
         with suppress(FileNotFoundError):
