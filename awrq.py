@@ -7,6 +7,7 @@ W* = W + W M (H + lam I)^-1 with H = xq^T xq and M = (x - xq)^T xq; rounding W* 
 import torch
 
 import gptq
+from kernels import act_codes
 from quant import fake_quant_act
 
 
@@ -20,10 +21,23 @@ class Moments(gptq.Hessian):
 
     def add(self, x):
         """x (B, T, C)"""
-        xq = fake_quant_act(x, self.act_bits, self.per_token)
-        super().add(xq)
-        # The difference before the product: the difference of two products would cancel.
-        self.M.addmm_((x.float() - xq.float()).flatten(0, -2).T, xq.flatten(0, -2).float())
+        if x.is_cuda and self.act_bits <= 8 and not self.per_token:
+            self.add_codes(x, x)
+        else:
+            xq = fake_quant_act(x, self.act_bits, self.per_token)
+            super().add(xq)
+            # The difference before the product: the difference of two products would cancel.
+            gptq.add_product(self.M, (x.float() - xq.float()).flatten(0, -2), xq.flatten(0, -2).float())
+
+    def add_codes(self, x, target):
+        """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.
+
+        target (B, T, C): x.  The difference to it is rounded to float16, which changes M by a thousandth of itself at most.
+        """
+        codes, scale, zero = act_codes(x, self.act_bits)
+        for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
+            gptq.add_product(self.H, q.half(), q.half(), s * s)
+            gptq.add_product(self.M, (t / s - q).half(), q.half(), s * s)
 
     def permute(self, order):
         super().permute(order)

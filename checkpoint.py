@@ -592,14 +592,16 @@ def prepare(args, script):
         ("check", "--benchmark", args.benchmark),
         ("kernel", "--load", args.load),
         ("benchmark", "--eval, whose first corpus it decodes", args.eval),
+        ("benchmark_prefill", "--eval, whose first corpus it reads", args.eval),
     ):
         if flag in args.changed and not there:
             raise ValueError(f"--{flag} needs {needs}")
     if args.export and args.export[0] not in EXPORTS:
         raise ValueError(f"--export {args.export[0]}: no such format; choose from {', '.join(EXPORTS)}")
     config, recipe, tokenizer, calibration = prepare_packed(args, script) if args.load else (*modelutils.prepare(args, script), None)
-    if args.benchmark and not 1 < args.benchmark <= config.max_position_embeddings:
-        raise ValueError(f"--benchmark {args.benchmark}: must be 2 to {config.max_position_embeddings} tokens, the model's context")
+    for flag, tokens, least in (("benchmark", args.benchmark, 2), ("benchmark_prefill", args.benchmark_prefill, 1)):
+        if tokens and not least <= tokens <= config.max_position_embeddings:
+            raise ValueError(f"--{flag} {tokens}: must be {least} to {config.max_position_embeddings} tokens, the model's context")
     for flag, folder, layout in targets(args):
         check_target(flag, folder)
         LAYOUTS[layout].check(recipe, config)
@@ -609,7 +611,7 @@ def prepare(args, script):
 
 
 def prepare_packed(args, script):
-    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"act_quant", "save", "checkpoint_dir", "compare_full"}
+    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"act_quant", "save", "checkpoint_dir"}
     for flag in args.changed:
         if flag in fixed:
             flag = flag.replace("true_", "true-")
@@ -620,11 +622,21 @@ def prepare_packed(args, script):
         if other:
             raise ValueError(f"--load {args.load}: is not a checkpoint of {args.model}: {some(other)}")
     args.model = args.model or about.get("model", args.load)
+    if args.compare_full and not is_original(args.model, script):
+        raise ValueError(f"--compare_full: {args.model} is not the unquantized model; with --load give that as MODEL")
     recipe = replace(about["recipe"], seqlen=args.seqlen or about["recipe"].seqlen)
     if recipe.seqlen > config.max_position_embeddings:
         raise ValueError(f"--seqlen {recipe.seqlen}: the model's context is {config.max_position_embeddings} tokens")
     args.walk_batch = args.walk_batch or default_walk_batch(config, recipe.seqlen, args.device)
     return config, recipe, load_tokenizer(args.load), about.get("calibration", {})
+
+
+def is_original(name, script):
+    """Whether a model is there that is not quantized."""
+    try:
+        return not getattr(load_config(name, script), "quantization_config", None)
+    except OSError:
+        return False
 
 
 def targets(args):
@@ -656,6 +668,11 @@ def open_model(args, recipe):
     if args.export:
         print(export(args.load, args.export[1], args.export[0]).size())
     return load(args.load, args.dtype, args.device, kernel)
+
+
+def open_full(args, model):
+    """The unquantized model of a command line: the one that is still to be quantized, or with --load the original."""
+    return load_model(args.model, args.dtype, args.device) if args.load else model
 
 
 def quantize(args, model, tokenizer, ids, recipe, calibration, clock):

@@ -8,10 +8,7 @@ import math
 import os
 import platform
 import resource
-import statistics
-import subprocess
 import tempfile
-import time
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -29,8 +26,10 @@ from lm_eval.utils import handle_non_serializable
 from tqdm import tqdm
 
 from datautils import file_source, find_file, parse_json, read_rows
+from kernels.timing import commit, write_json
 from modelutils import FAMILIES, METHODS, check_vocabulary, padded, placed, propagate, record_inputs, walk
 from quant import IntLinear, QuantLinear, Recipe
+from speed import decode, prefill
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
@@ -52,7 +51,7 @@ def plan(args, config, tokenizer):
     corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in dict.fromkeys(names)]
     if not corpora and not patterns:
         raise ValueError("nothing to evaluate: give --tasks or --eval")
-    if args.compare_full and args.method == "full":
+    if args.compare_full and args.method == "full" and not args.load:
         raise ValueError("--compare_full: --method full has nothing to compare")
     check_writable(args.output_path)
     tasks = load_tasks(patterns, args.data_dir, args.num_fewshot, args.skip_missing) if patterns else []
@@ -74,6 +73,9 @@ def evaluate(args, recipe, model, tokenizer, texts, tasks, clock):
     if args.benchmark:
         with clock("benchmark"):
             results["benchmark"] = decode(model, next(iter(texts.values()))[: args.benchmark], args.device, args.check)
+    if args.benchmark_prefill:
+        with clock("benchmark"):
+            results["prefill"] = prefill(model, next(iter(texts.values()))[: args.benchmark_prefill], args.device)
     return results
 
 
@@ -106,30 +108,6 @@ def perplexity(model, ids, seqlen, device="cpu", walk_batch=1, desc="evaluating"
     if not math.isfinite(value):
         raise FloatingPointError(f"{desc}: the perplexity is {value}")
     return {"ppl": value, "windows": sum(map(len, windows)), "seqlen": seqlen, "tokens": sum(w.numel() for w in windows)}
-
-
-@torch.no_grad()
-def decode(model, ids, device="cpu", check=False):
-    """Feed ids (N,) to the model one by one, with a cache, as it decodes: {"ms_per_token": the median, "tokens": N}.
-
-    check: also "ppl", exp of the mean negative log-likelihood of the tokens but the first; each token's activations then have scales of
-    their own.  Raises ValueError if there are fewer than two tokens.
-    """
-    if len(ids) < 2:
-        raise ValueError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
-    ids, cache, milliseconds, losses = ids.to(device), None, [], []
-    with placed(model, device):
-        for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
-            start = time.perf_counter()
-            out = model(ids[None, i : i + 1], past_key_values=cache, use_cache=True)
-            if ids.device.type == "cuda":
-                torch.cuda.synchronize(ids.device)
-            milliseconds.append(1000 * (time.perf_counter() - start))
-            cache = out.past_key_values
-            if check and i + 1 < len(ids):
-                losses.append(F.cross_entropy(out.logits[0].float(), ids[i + 1 : i + 2]).double())
-    ppl = {"ppl": torch.stack(losses).mean().exp().item()} if check else {}
-    return {"ms_per_token": statistics.median(milliseconds), "tokens": len(ids)} | ppl
 
 
 # ---------------------------------------------------------------------------
@@ -399,17 +377,6 @@ def versions():
     return found
 
 
-def commit():
-    """The commit of this code, with "+changes" if files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+changes" * bool(changed)
-
-
 def hardware(device):
     """Names of what the numbers were computed on."""
     device = torch.device(device)
@@ -512,7 +479,11 @@ def publish(args, report):
         print(task_table(found) if args.table_results else json.dumps({label: run["results"] for label, run in found.items()}, indent=1))
     for label, decoded in ((label, run["benchmark"]) for label, run in runs.items() if "benchmark" in run):
         ppl = f", perplexity {decoded['ppl']:.4f}" if "ppl" in decoded else ""
-        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}{ppl}")
+        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}, {decoded['how']}{ppl}")
+    for label, read in ((label, run["prefill"]) for label, run in runs.items() if "prefill" in run):
+        print(
+            f"reading a prompt of {read['tokens']} tokens, {label}: {read['ms']:.3f} ms, {read['tokens_per_second']:.0f} tokens per second"
+        )
     print(describe(report))
     if args.output_path:
         write_json(args.output_path, report)
@@ -560,18 +531,3 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise OSError(f"--output_path {path}: cannot write into {folder} ({e.strerror}); give another folder") from e
-
-
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
-        os.replace(partial, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(partial)

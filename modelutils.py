@@ -686,6 +686,12 @@ def add_args(parser, smallest_scale, corpora):
     packed.add_argument(
         "--benchmark", type=positive, metavar="TOKENS", help="decode so many tokens of the first corpus one by one: milliseconds per token"
     )
+    packed.add_argument(
+        "--benchmark_prefill",
+        type=positive,
+        metavar="TOKENS",
+        help="read so many tokens of the first corpus at once, as a prompt: milliseconds",
+    )
     packed.add_argument("--check", action="store_true", help="with --benchmark: their perplexity too")
 
     run = parser.add_argument_group("run")

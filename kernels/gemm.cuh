@@ -53,6 +53,7 @@ DEVICE bool gather(uint32_t (&values)[COUNT], const Problem& p, int tile, int sp
   if (threadIdx.x == 0) *shared_word = atomicAdd(p.tickets + tile, 1u);
   __syncthreads();
   if (*shared_word != static_cast<uint32_t>(p.splits - 1)) return false;
+  if (threadIdx.x == 0) p.tickets[tile] = 0;  // so the product can run again on the same codes
   __threadfence();
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) values[i] = 0;

@@ -1,8 +1,8 @@
-// The C interface: one call quantizes x and multiplies it, on the caller's stream, in memory that the caller owns.  It neither allocates nor
-// waits, so a CUDA graph can capture it.  Called by __init__.py through ctypes.
+// The C interface: one call quantizes x and multiplies it, or does one of both, on the caller's stream, in memory that the
+// caller owns.  It neither allocates nor waits, so a CUDA graph can capture it.  Called by cuda.py through ctypes.
 #include "decode.cuh"
 
-struct Call {  // the same fields in the same order as _Call in __init__.py
+struct Call {  // the same fields in the same order as Call in cuda.py
   const void* x;            // [B,T,K]
   const int* lengths;       // [B], or null
   const void* weight;       // of pack_w4
@@ -21,9 +21,10 @@ struct Call {  // the same fields in the same order as _Call in __init__.py
   int per_token;
   int config;               // Config
   int splits;               // blocks that share the columns of a tile
+  int steps;                // Steps
 };
 
-// The order of CONFIGS in __init__.py.
+// The order of CONFIGS in cuda.py.
 enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x128, kConfigs };
 
 //                               BN   BM   WN  WM  stages
@@ -70,6 +71,9 @@ struct Plan {  // everything that follows from a call
   }
 };
 
+// kMultiply takes the codes that an earlier call, the same otherwise, left in the workspace.
+enum Steps { kQuantize = 1, kMultiply = 2, kBoth = 3 };
+
 #define REFUSALS(X) \
   X(kNoX, "x is null or not aligned to 16 bytes") \
   X(kNoWeight, "packed, scale, zero, colsum or bias is null or not aligned to 16 bytes") \
@@ -85,6 +89,7 @@ struct Plan {  // everything that follows from a call
   X(kFusedSplits, "this configuration does not split the columns") \
   X(kBadTile, "this configuration needs padded rows that are a multiple of 256, and one scale for a whole row") \
   X(kBadSplits, "splits must be 1 to 64, and at most the groups of a row") \
+  X(kBadSteps, "steps must be 1 to 3, and 3 where a configuration quantizes as it multiplies") \
   X(kBadWorkspace, "the workspace is null, too small or not aligned to 256 bytes")
 
 enum Refusal {
@@ -104,7 +109,9 @@ static int check_shape(const Call& c) {
   if (c.groupsize < 1 || c.groupsize > c.K || (c.groupsize < c.K && (c.groupsize % 64 || c.groupsize > kMaxGroup))) return refuse(kBadGroup);
   if (c.levels != 3 && c.levels != 7 && c.levels != 15 && c.levels != 31 && c.levels != 63 && c.levels != 127 && c.levels != 255) return refuse(kBadLevels);
   if (c.config < 0 || c.config >= kConfigs) return refuse(kBadConfig);
+  if (c.steps < kQuantize || c.steps > kBoth) return refuse(kBadSteps);
   Plan p(c);
+  if (p.fused && c.steps != kBoth) return refuse(kBadSteps);
   if (p.decode && p.M > 16) return refuse(kDecodeRows);
   if (p.decode && p.decode_bytes > kMaxShared) return refuse(kFusedBytes);
   if (p.fused && c.splits != 1) return refuse(kFusedSplits);
@@ -190,12 +197,12 @@ int awrq_linear(const Call* call) {
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
   Problem problem{static_cast<const uint4*>(c.weight), c.scale, c.zero, c.colsum, c.bias, codes, c.y, c.type, p.M, c.N, p.Np, p.Kp,
                   c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};
-  if (!p.fused) {
+  if (!p.fused && c.steps & kQuantize) {
     float2* ranges = reinterpret_cast<float2*>(memory + p.ranges);
     int error = c.type == kHalf     ? quantize<half_t>(c, p, a, codes, ranges, tickets)
                 : c.type == kBfloat ? quantize<bfloat_t>(c, p, a, codes, ranges, tickets)
                                     : quantize<float>(c, p, a, codes, ranges, tickets);
-    if (error) return error;
+    if (error || c.steps == kQuantize) return error;
   }
   return p.grouped ? multiply<true>(c, p, problem, a) : multiply<false>(c, p, problem, a);
 }

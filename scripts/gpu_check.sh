@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
-#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, times in short
-#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (half an hour)
-# Variables: PYTHON, OUT (the JSON, by default results/gpu_check/NAME_OF_THE_GPU.json).  Exit status 1 if anything failed.
+#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, times of LLaMA-13B's layers
+#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (an hour)
+# Variables: PYTHON, OUT (the JSON, by default results/gpu_check/NAME_OF_THE_GPU.json; the times go beside it).  Exit status 1 if anything failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -48,6 +48,8 @@ for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" --tool $tool --error-exitcode 9 "$PYTHON" -m kernels.check --small
   fi
 done
+
+step bench "$PYTHON" -m kernels.bench --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${OUT%.json}_bench.json"
 
 printf '\n%s (sm_%s), %s\n%s' "$name" "$arch" "$OUT" "$table"
 exit $failed

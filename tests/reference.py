@@ -59,7 +59,7 @@ def column_loop(W, U, scale, zero, bits, full_width=False):
     R, C = W.shape
     w = W.T.clone(memory_format=torch.contiguous_format)  # (C, R)
     scale, zero = scale.expand(R, C).T, zero.expand(R, C).T
-    q = torch.empty(C, R, dtype=torch.uint8)
+    q = torch.empty(C, R, dtype=torch.uint8, device=W.device)
     for i in range(C):
         q[i] = codes(w[i], scale[i], zero[i], bits)
         error = (w[i] - (q[i] - zero[i]) * scale[i]) / U[i, i]

@@ -24,7 +24,7 @@ import main
 import modelutils
 import quant
 from checkpoint import FORMAT, Store, Writer, load, pack, unpack
-from evalutils import decode, perplexity
+from evalutils import perplexity
 from modelutils import decoder_blocks, load_model, quantize_blocks
 from quant import IntLinear, QuantLinear, Recipe
 
@@ -572,22 +572,6 @@ def test_comparing_an_export(run_script, tmp_path):
 
 
 # ---------------------------------------------------------------------------
-# Decoding
-
-
-@pytest.mark.parametrize("kind", TYPES[:3], ids="-".join)
-def test_decode(kind):
-    model, ids = tiny_model(*kind), TEXT[:12]
-    found = decode(model, ids, check=True)
-    with torch.no_grad():
-        logits = model(ids[None]).logits[0, :-1]
-    assert found["ppl"] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[1:]).exp().item(), rel=1e-4)
-    assert found["tokens"] == 12 and found["ms_per_token"] > 0 and "ppl" not in decode(model, ids)
-    with pytest.raises(ValueError, match="--benchmark"):
-        decode(model, ids[:1])
-
-
-# ---------------------------------------------------------------------------
 # On the command line
 
 
@@ -618,10 +602,11 @@ def test_loading_a_damaged_checkpoint(refused, spoilt, damage):
         (("--true-sequential",), ["--true-sequential", "--load"]),
         (("--calib_data", "own"), ["--calib_data", "--load"]),
         (("--checkpoint_dir", "blocks"), ["--checkpoint_dir", "--load"]),
-        (("--compare_full",), ["--compare_full", "--load"]),
+        (("--compare_full",), ["--compare_full", "as MODEL"]),
         (("--seqlen", 1000), ["--seqlen 1000", "64 tokens"]),
         (("--benchmark", 1), ["--benchmark 1", "2 to 64"]),
         (("--benchmark", 65), ["--benchmark 65", "2 to 64"]),
+        (("--benchmark_prefill", 65), ["--benchmark_prefill 65", "1 to 64"]),
         (("--export", "gguf", "out"), ["--export gguf", "compressed-tensors"]),
     ],
     ids=lambda x: str(x[0]),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels import build, check, cuda, tune
+from kernels import build, check, cuda, shapes, tune
 from quant import fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
@@ -390,7 +390,8 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
     """Every check of the launcher, by a call that is right but for one field."""
     memory = guarded(emulated, torch.zeros(1 << 16, dtype=torch.uint8), 256).data_ptr()
     good = dict.fromkeys(("x", "weight", "scale", "zero", "colsum", "bias", "y", "workspace"), memory)
-    good |= {"workspace_bytes": 1 << 16, "B": 1, "T": 4, "K": 128, "N": 32, "groupsize": 128, "levels": 255, "config": 1, "splits": 1}
+    good |= {"workspace_bytes": 1 << 16, "B": 1, "T": 4, "K": 128, "N": 32, "groupsize": 128, "levels": 255}
+    good |= {"config": 1, "splits": 1, "steps": 3}
     assert emulated.awrq_linear(ctypes.byref(cuda.Call(**good))) == 0
     fused = cuda.CONFIG_NUMBERS["decode_fused"]
     wide = cuda.CONFIG_NUMBERS["256x128"]
@@ -416,6 +417,9 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         ({"config": wide, "N": 256, "groupsize": 64}, "one scale"),
         ({"splits": 0}, "splits"),
         ({"splits": 3}, "splits"),
+        ({"steps": 0}, "steps must be 1 to 3"),
+        ({"steps": 4}, "steps must be 1 to 3"),
+        ({"steps": 2, "config": fused}, "quantizes as it multiplies"),
         ({"workspace": None}, "workspace"),
         ({"workspace": memory + 128}, "workspace"),
         ({"workspace_bytes": 100}, "workspace"),
@@ -424,6 +428,18 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         assert code < 0 and message in emulated.awrq_error(code).decode(), (changes, code)
     with pytest.raises(ValueError, match=r"x \(1, 17, 64\), weight \(32, 64\), groupsize 64, decode: this configuration takes at most 16"):
         emulate(emulated, activations(1, 17, 64), prepared(32, 64), "decode", 1)
+
+
+@pytest.mark.parametrize(("config", "parts"), [("decode", 3), ("128x16", 3), ("128x64", 1)])
+def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
+    """What the benchmark does to time the product alone: quantize once, multiply again and again."""
+    x, weight = activations(1, 5, 256, torch.float16), prepared(104, 256)
+    memory = guarded(emulated, torch.full((1 << 20,), 255, dtype=torch.uint8), 256)
+    x, weight = guarded(emulated, x), kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in weight))
+    for steps in (cuda.QUANTIZE, cuda.MULTIPLY, cuda.MULTIPLY):
+        y = guarded(emulated, torch.full((1, 5, 104), float("nan"), dtype=x.dtype))
+        cuda.launch(emulated, x, y, weight, 8, False, None, config, parts, None, lambda n: memory, steps)
+        assert y.isnan().all() if steps == cuda.QUANTIZE else torch.equal(y, kernels.w4a8_linear(x, weight))
 
 
 def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
@@ -448,7 +464,7 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
 @pytest.mark.parametrize("groupsize", [0, 128])
 def test_default_rules_know_every_layer(emulated, processors, groupsize):
     """A configuration that takes the shape for every layer and number of tokens; the workspace of decoding stays small."""
-    for rows, columns in tune.LAYERS:
+    for rows, columns in shapes.LAYERS + shapes.FUSED:
         for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1024, 1025, 4096, 65536):
             config, parts = cuda.choose(emulated, "some GPU", processors, tokens, rows, columns, groupsize or columns)
             assert cuda.takes(emulated, config, parts, tokens, rows, columns, groupsize or columns)
