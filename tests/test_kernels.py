@@ -247,6 +247,20 @@ def test_wrong_arguments_are_named(changes, message):
         kernels.w4a8_linear(changes.pop("x", activations(2, 3, 100)), weight, **changes)
 
 
+def test_right_arguments_cost_no_message():
+    """Messages that nobody reads once took most of the time from a call to the launch of its kernel."""
+
+    class Number(int):
+        def __format__(self, how):
+            raise AssertionError("formatted")
+
+    weight = prepared(48, 100, 64)
+    weight = weight._replace(**{name: Number(getattr(weight, name)) for name in ("rows", "columns", "groupsize", "layout")})
+    kernels._check(activations(2, 3, 100), weight, Number(8), torch.tensor([1, 3]), None)
+    with pytest.raises(AssertionError, match="formatted"):
+        kernels._check(activations(2, 3, 99), weight, Number(8), None, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
