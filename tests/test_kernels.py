@@ -21,6 +21,7 @@ from kernels import build, check, cuda, shapes, tune
 from quant import fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")  # a load off its alignment, an index past an array, a sum past 2^31
 
 
 def draw(*shape, seed=0):
@@ -292,7 +293,7 @@ def emulated(tmp_path_factory):
     for source in build.SOURCES:
         shutil.copy(source, folder)
     shutil.copy(ROOT / "tests" / "emulator" / "ptx.cuh", folder)
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", *UNDEFINED)
     done = subprocess.run(["g++", "-x", "c++", *flags, "-o", "libawrq.so", "w4a8.cu"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = cuda.bind(folder / "libawrq.so")
@@ -412,13 +413,16 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
     for changes, message in (
         ({"x": None}, "x is null"),
         ({"x": memory + 8}, "x is null or not aligned to 16"),
-        *(({name: memory + 4}, "packed, scale, zero, colsum or bias") for name in ("weight", "scale", "zero", "colsum", "bias")),
+        *(({name: memory + 4}, f"{name} is null or not aligned to 16") for name in ("scale", "zero", "colsum", "bias")),
+        ({"weight": memory + 8}, "packed is null or not aligned to 16"),
         ({"y": memory + 2}, "y is null or not aligned"),
+        ({"lengths": memory + 2}, "lengths is not aligned to 4"),
         ({"type": 3}, "float16, bfloat16 or float32"),
         ({"B": 0}, "B and T"),
         ({"B": 1 << 19}, "B and T"),
         ({"K": 65537, "groupsize": 65537}, "K must be"),
-        ({"N": 0}, "N at least 1"),
+        ({"N": 0}, "N 1 to 1048576"),
+        ({"N": (1 << 20) + 1}, "N 1 to 1048576"),
         ({"groupsize": 32}, "multiple of 64"),
         ({"groupsize": 256}, "multiple of 64"),
         ({"K": 4096, "groupsize": 2048}, "at most 1024"),
@@ -442,6 +446,35 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         assert code < 0 and message in emulated.awrq_error(code).decode(), (changes, code)
     with pytest.raises(ValueError, match=r"x \(1, 17, 64\), weight \(32, 64\), groupsize 64, decode: this configuration takes at most 16"):
         emulate(emulated, activations(1, 17, 64), prepared(32, 64), "decode", 1)
+
+
+@pytest.mark.parametrize("name", ["x", "packed", "scale", "zero", "colsum", "bias"])
+def test_a_tensor_off_its_alignment_is_named(emulated, name):
+    """As a slice of a larger tensor can be: right but for its address."""
+    tensors = {"x": activations(1, 3, 64, torch.float16)} | prepared(32, 64)._asdict()
+    size = tensors[name].element_size()
+    shifted = guarded(emulated, torch.cat((tensors[name].flatten(), tensors[name].flatten()[:1])))[1:]
+    assert shifted.data_ptr() % 16 == size
+    tensors[name] = shifted.view(tensors[name].shape).copy_(tensors[name])
+    x, y, weight = tensors.pop("x"), torch.empty(1, 3, 32, dtype=torch.float16), kernels.Weight(**tensors)
+    with pytest.raises(ValueError, match=f"decode: {name} is null or not aligned to 16 bytes"):
+        cuda.launch(
+            emulated, x, y, weight, 8, False, None, "decode", 1, None, lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256)
+        )
+
+
+def test_the_largest_call_is_counted_right(emulated):
+    """2^20 tokens and 2^20 rows, more bytes and tiles than 31 bits count, and the longest rows: the workspace is the sum of its parts."""
+    tokens = rows = 1 << 20
+    for config, (n, m) in list(cuda.CONFIGS.items())[2:]:
+        for columns, parts in ((64, 1), (kernels.MAX_COLUMNS, 64)):
+            call = cuda.Call(
+                B=1, T=tokens, K=columns, N=rows, groupsize=columns, levels=255, config=cuda.CONFIG_NUMBERS[config], splits=parts, steps=3
+            )
+            codes, sums, scale, zero, ranges = tokens * columns, 4 * tokens, 4 * tokens, 4 * tokens, 8 * 1024
+            tiles = (rows // n) * (tokens // m)
+            split = tiles * parts * n * m * 4 + tiles * 4 if parts > 1 else 0
+            assert emulated.awrq_workspace(ctypes.byref(call)) == codes + sums + scale + zero + ranges + split
 
 
 @pytest.mark.parametrize(("config", "parts"), [("decode", 3), ("128x16", 3), ("128x64", 1)])
