@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -624,19 +625,29 @@ def test_library_is_built_once(fake_nvcc, monkeypatch):
     monkeypatch.setattr(build, "SOURCES", build.SOURCES[1:])
     build.build("80")
     assert fake_nvcc() == 4
+    monkeypatch.setattr(build.platform, "machine", lambda: "another")
+    build.build("80")
+    assert fake_nvcc() == 5
 
 
 def test_failed_build_says_why_and_leaves_nothing(fake_nvcc, monkeypatch):
     monkeypatch.setenv("FAIL", "identifier is undefined")
-    with pytest.raises(build.BuildError, match=r"nvcc failed for sm_80: w4a8.cu\(1\): error: identifier is undefined"):
+    with pytest.raises(build.BuildError, match=r"/nvcc failed for -arch=sm_80: w4a8.cu\(1\): error: identifier is undefined"):
         build.build("80")
     assert not list(build.cache_folder().glob("*/*.so"))
     assert [log.read_text() for log in build.cache_folder().glob("*/build.log")] == ["w4a8.cu(1): error: identifier is undefined\n"]
     for arch in ("75", "8.0", "sm_80", ""):
-        with pytest.raises(build.BuildError, match=f"--arch {arch}: must be 80 or more"):
+        with pytest.raises(build.BuildError, match=f"compute capability {arch}: must be 80 or more"):
             build.build(arch)
     monkeypatch.setattr(build.os, "access", lambda *_: False)
     with pytest.raises(build.BuildError, match="no nvcc in .*: install the CUDA toolkit, or choose --kernel torch"):
+        build.build("80")
+
+
+def test_a_cache_that_cannot_be_written_is_named(fake_nvcc, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match=r"file/awrq/\w+: cannot be written \(.*\); set XDG_CACHE_HOME"):
         build.build("80")
 
 
@@ -672,8 +683,8 @@ def test_build_command(fake_nvcc):
     assert fake_nvcc() == 2
     assert re.fullmatch(r"sm_80: \S+/libawrq_sm80.so \(.* s\)\nsm_90: \S+/libawrq_sm90.so \(.* s\)\n", done.stdout)
     *compiling, error = done.stderr.splitlines()
-    assert compiling == ["kernels: compiling for sm_80, once", "kernels: compiling for sm_90, once"]
-    assert done.returncode == 2 and error.startswith("python -m kernels.build: error: --arch 70: must be 80 or more")
+    assert compiling == ["kernels: compiling libawrq_sm80.so, once", "kernels: compiling libawrq_sm90.so, once"]
+    assert done.returncode == 2 and error.startswith("python -m kernels.build: error: compute capability 70: must be 80 or more")
 
 
 @pytest.fixture(scope="session")
@@ -737,6 +748,21 @@ def test_library_without_a_gpu_says_so(compiled, arch):
     for config in ("decode_fused", "decode", "128x64"):
         with pytest.raises(RuntimeError, match=f"{config}: CUDA: .*(driver|device)"):
             cuda.launch(library, x, x.new_empty(1, 2, 32), weight, 8, False, None, config, 1, None, empty)
+
+
+def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, monkeypatch):
+    """As with a driver older than nvcc: on a machine without any driver CUDA says the same."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(cuda, "build", compiled.get)
+    gpu = torch.device("cuda", 0)
+    wrong = r"libawrq_sm80.so does not run on this GPU \(CUDA driver version is insufficient .*\): update its driver"
+    with pytest.raises(ValueError, match=f"--kernel cuda: .*{wrong}"):
+        kernels.select("cuda", gpu)
+    kernel, line = kernels.select("auto", gpu)
+    assert kernel == "torch" and re.search(wrong, line)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: scripts/gpu_check.sh is the whole test on one")
