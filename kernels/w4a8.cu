@@ -94,7 +94,7 @@ enum Steps { kQuantize = 1, kMultiply = 2, kBoth = 3 };
   X(kBadTile, "this configuration needs padded rows that are a multiple of 256, and one scale for a whole row") \
   X(kBadSplits, "splits must be 1 to 64, and at most the groups of a row") \
   X(kBadSteps, "steps must be 1 to 3, and 3 where a configuration quantizes as it multiplies") \
-  X(kBadWorkspace, "the workspace is null, too small or not aligned to 256 bytes")
+  X(kBadWorkspace, "the workspace is null, too small or not aligned to 16 bytes")
 
 enum Refusal {
 #define NAME(name, text) name,
@@ -134,7 +134,7 @@ static int check_pointers(const Call& c, const Plan& p) {
   if (!aligned(c.bias, 16)) return refuse(kNoBias);
   if (!aligned(c.y, 16)) return refuse(kNoY);
   if (c.lengths && !aligned(c.lengths, 4)) return refuse(kBadLengths);
-  if (p.bytes && (!aligned(c.workspace, 256) || c.workspace_bytes < p.bytes)) return refuse(kBadWorkspace);
+  if (p.bytes && (!aligned(c.workspace, 16) || c.workspace_bytes < p.bytes)) return refuse(kBadWorkspace);
   return 0;
 }
 

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
 import kernels
+from evalutils import perplexity
 from kernels import build, check, cuda, shapes, tune
-from quant import fake_quant_act, find_grid, from_int, to_int
+from modelutils import load_model, load_tokenizer, quantize_blocks
+from quant import Recipe, fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
 UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")  # a load off its alignment, an index past an array, a sum past 2^31
@@ -440,7 +445,7 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         ({"steps": 4}, "steps must be 1 to 3"),
         ({"steps": 2, "config": fused}, "quantizes as it multiplies"),
         ({"workspace": None}, "workspace"),
-        ({"workspace": memory + 128}, "workspace"),
+        ({"workspace": memory + 8}, "workspace"),
         ({"workspace_bytes": 100}, "workspace"),
     ):
         code = emulated.awrq_linear(ctypes.byref(cuda.Call(**good | changes)))
@@ -498,10 +503,88 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
 
     (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
-    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": []}
+    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
+
+    def broken(library, device):
+        yield "one case", True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
+    assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
+    assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out
     monkeypatch.setattr(check, "poisoned", lambda *args, poisoned=check.poisoned: poisoned(*args).neg_())
     (wrong,) = check.run_checks((few,), emulated, torch.device("cpu"))
     assert len(wrong["wrong"]) == wrong["cases"] and "WRONG, as ['decode_fused / 1, 2x5" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------
+# A packed checkpoint
+
+
+@pytest.fixture
+def stand_in(emulated, monkeypatch):
+    """The op's CUDA implementation, for tensors in host memory: the configurations that the emulator ran."""
+    launched = []
+
+    def launch(library, x, y, weight, bits, per_token, lengths, config, *how, launch=cuda.launch):
+        launched.append(config)
+        return launch(library, x, y, weight, bits, per_token, lengths, config, *how)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "library", lambda device: emulated)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="emulator", multi_processor_count=4))
+    emulated.emulator_settings(False, False)
+    override = torch.library.Library("awrq", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, that this overrides
+        override.impl("w4a8_linear", kernels._cuda_linear, "CPU", allow_override=True)
+    yield launched
+    override._destroy()
+    cuda.dispatch.cache_clear()
+
+
+CHECKPOINTS = [
+    ("opt", {}, "float16"),
+    ("llama", {"groupsize": 64, "act_pertoken": True}, "bfloat16"),
+]
+
+
+def saved_demo(family, settings, folder):
+    """A demo model, quantized and saved, and the first tokens of its held-out text (N,)."""
+    model, tokenizer = load_model(ROOT / "demo" / family), load_tokenizer(ROOT / "demo" / family)
+    text = tokenizer((ROOT / "demo" / "data" / "world" / "test.txt").read_text(), return_tensors="pt")["input_ids"][0, :194]
+    recipe = Recipe(method="rtn", wbits=4, act_bits=8, nsamples=1, seqlen=8, **settings)
+    with checkpoint.Writer(folder, model, tokenizer, recipe) as writer:
+        for layers, codes in quantize_blocks(model, text[None, :8], recipe):
+            writer.add(layers[0].block, codes)
+    return text
+
+
+def same_perplexity(folder, texts, dtype, device="cpu"):
+    """Whether a model reads texts (N,) and goes on alike by both kernels."""
+    loaded = {kernel: checkpoint.load(folder, dtype, device, kernel) for kernel in ("torch", "cuda")}
+    for text in texts:
+        wanted, found = (perplexity(model, text, len(text), device)["ppl"] for model in loaded.values())
+        assert 1 < found < 50 and found == pytest.approx(wanted, rel=1e-3)
+    prompt = texts[0][None].to(device)
+    tokens = [model.to(device).generate(prompt, max_new_tokens=2, do_sample=False) for model in loaded.values()]
+    assert tokens[0].equal(tokens[1])
+
+
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, settings, dtype, tmp_path):
+    """From the file to the perplexity through all that runs on a GPU, but that an emulator runs the kernels."""
+    text = saved_demo(family, settings, tmp_path / "saved")
+    same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
+    assert set(stand_in) == {"decode_fused", "128x64"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_on_a_gpu_has_the_perplexity_of_the_torch_path(family, settings, dtype, tmp_path):
+    text = saved_demo(family, settings, tmp_path / "saved")
+    same_perplexity(tmp_path / "saved", (text[:9], text[:33], text), dtype, torch.device("cuda", 0))
 
 
 # ---------------------------------------------------------------------------
@@ -676,6 +759,64 @@ def test_what_needs_a_gpu_says_that_there_is_none():
         env = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run(["bash", "scripts/gpu_check.sh", *args], cwd=ROOT, capture_output=True, text=True, env=env)
         assert (done.returncode, done.stderr) == (2, f"gpu_check.sh: {message}\n")
+
+
+PROGRAMS = {  # of a machine with a GPU, where what $FAIL says goes wrong
+    "python": """#!/bin/sh
+[ "$1" = - ] && cat > /dev/null && echo "80 NVIDIA A100" && exit
+echo "$*" >> "$CALLS"
+case "$*" in
+  *$FAIL*) exit 3 ;;
+  *--output_path*) while [ "$1" != --output_path ]; do shift; done; echo {} > "$2" ;;
+esac
+""",
+    "compute-sanitizer": """#!/bin/sh
+while [ "$1" != "$PYTHON" ]; do shift; done
+"$@"
+""",
+}
+
+
+def gpu_check(folder, programs, path, fail, *options):
+    """scripts/gpu_check.sh on some programs of a folder, which only note that they were called: how it ended, {step: result}, the calls."""
+    for name in programs:
+        (folder / name).write_text(PROGRAMS[name])
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:{path}", "PYTHON": f"{folder}/python", "CUDA_HOME": f"{folder}", "OUT": f"{folder}/results/a.json"}
+    env |= {"CALLS": f"{folder}/calls", "FAIL": fail}
+    done = subprocess.run(["bash", "scripts/gpu_check.sh", *options], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    steps = json.loads((folder / "results" / "a_steps.json").read_text())
+    assert (steps["gpu"], steps["arch"]) == ("NVIDIA A100", "80") and done.stderr == ""
+    return done, {step["step"]: step["result"] for step in steps["steps"]}, (folder / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fail", "options", "wrong"),
+    [
+        ("nothing at all", ["--tune"], []),
+        ("kernels.build", [], ["build"]),
+        ("kernels.check --output_path", [], ["check"]),
+        ("-k on_a_gpu", [], ["checkpoint"]),
+        ("-m kernels.", ["--tune"], ["build", "tune", "check", "memcheck", "racecheck", "bench"]),
+    ],
+)
+def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
+    done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], fail, *options)
+    names = ["build", *(["tune"] if options else []), "check", "memcheck", "racecheck", "checkpoint", "bench"]
+    assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
+    assert done.returncode == bool(wrong)
+    assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
+    assert f"-m kernels.check --output_path {tmp_path}/results/a.json" in calls and calls.count("-m kernels.check --small") == 2
+    assert (tmp_path / "results" / "a.json").exists() == ("check" not in wrong)
+
+
+def test_gpu_check_skips_what_is_not_there(tmp_path):
+    for tool in ("bash", "sh", "cat", "dirname", "mkdir"):  # all that is on the PATH
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
+    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists"
+    wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "bench": "ok"}
+    assert done.returncode == 0 and steps == wanted and "on_a_gpu" not in calls
 
 
 def test_build_command(fake_nvcc):
