@@ -135,12 +135,14 @@ def graphs_and_streams(library, device):
         x, other = (random_x(1, tokens, 1024, torch.float16, seed=seed) for seed in (1, 2))
         fixed = x.to(device)
         kernels.w4a8_linear(fixed, on_device)  # chooses the kernel
-        torch.cuda.set_sync_debug_mode("error")
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            y = kernels.w4a8_linear(fixed, on_device)
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                y = kernels.w4a8_linear(fixed, on_device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         stream.synchronize()
         yield f"{tokens} tokens, stream", torch.equal(y.cpu(), kernels.w4a8_linear(x, weight))
         graph = torch.cuda.CUDAGraph()
@@ -176,17 +178,18 @@ CHECKS = (every_configuration, every_number_of_tokens, every_layer, largest_sums
 
 
 def run_checks(checks, library, device):
-    """[{"check", "cases", "wrong": [what]}], printed as it goes."""
-    results = []
+    """Yields {"check", "cases", "wrong": [what], "error": what ended it early, or None} of each, and prints it."""
     for check in checks:
-        outcomes = list(check(library, device))
-        wrong = [what for what, ok in outcomes if not ok]
-        results.append({"check": check.__name__, "cases": len(outcomes), "wrong": wrong})
-        print(
-            f"{check.__name__:24} {len(outcomes):6} cases  {'all equal' if not wrong else f'{len(wrong)} WRONG, as {wrong[:3]}'}",
-            flush=True,
-        )
-    return results
+        cases, wrong, error, what = 0, [], None, "nothing"
+        try:
+            for what, ok in check(library, device):
+                cases += 1
+                wrong += [] if ok else [what]
+        except Exception as e:  # whatever a driver raises: what is known so far, and the other checks, are still worth having
+            error = f"after {what}: {type(e).__name__}: {e}"
+        verdict = "all equal" if not wrong else f"{len(wrong)} WRONG, as {wrong[:3]}"
+        print(f"{check.__name__:24} {cases:6} cases  {f'FAILED {error}' if error else verdict}", flush=True)
+        yield {"check": check.__name__, "cases": cases, "wrong": wrong, "error": error}
 
 
 def main(args):
@@ -196,10 +199,19 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = False
     library = cuda.library(device)
     print(torch.cuda.get_device_name(device), flush=True)
-    report = about(device) | {"checks": run_checks(SMALL if args.small else CHECKS, library, device)}
-    if args.output_path:
-        write_json(args.output_path, report)
-    return any(check["wrong"] for check in report["checks"])
+    report = about(device) | {"finished": False, "checks": []}
+
+    def save():
+        if args.output_path:
+            write_json(args.output_path, report)
+
+    save()  # before long work, as it may not be possible
+    for result in run_checks(SMALL if args.small else CHECKS, library, device):
+        report["checks"].append(result)
+        save()
+    report["finished"] = True
+    save()
+    return any(check["wrong"] or check["error"] for check in report["checks"])
 
 
 if __name__ == "__main__":

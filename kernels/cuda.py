@@ -51,8 +51,17 @@ def bind(path):
 
 @functools.cache
 def library(device):
-    """The library for a GPU, built on first use.  Raises BuildError."""
-    return bind(build("{}{}".format(*torch.cuda.get_device_capability(device))))
+    """The library for a GPU, built on first use.  Raises BuildError if it cannot be built or does not run there."""
+    path = build("{}{}".format(*torch.cuda.get_device_capability(device)))
+    found = bind(path)
+    with torch.cuda.device(device):
+        code = found.awrq_ready()
+    if code:
+        error = found.awrq_error(code).decode()
+        raise BuildError(
+            f"{path} does not run on this GPU ({error}): update its driver or set CUDA_HOME to an older toolkit, or choose --kernel torch"
+        )
+    return found
 
 
 # ---------------------------------------------------------------------------
