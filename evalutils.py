@@ -242,14 +242,15 @@ def local_rows(files, **_metadata):
 
 def _row_parser():
     """line -> the row that it holds.  All rows have the fields of the first: a missing one would become None, and that a wrong answer."""
-    fields = {}
+    fields = []
 
     def parse(line):
         row = parse_json(line)
         if not isinstance(row, dict):
             raise ValueError("not an object with the task's fields")
-        fields.update(fields or row)
-        if row.keys() != fields.keys():
+        if not fields:
+            fields.extend(row)
+        if set(row) != set(fields):
             raise ValueError(f"its fields are {', '.join(row)}, those of the lines before {', '.join(fields)}")
         return row
 
