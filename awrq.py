@@ -4,6 +4,8 @@ What a layer sees at run time is not x but its quantized self xq.  The real-valu
 W* = W + W M (H + lam I)^-1 with H = xq^T xq and M = (x - xq)^T xq; rounding W* with GPTQ's loop on H is AWRQ.
 """
 
+from dataclasses import replace
+
 import torch
 
 import gptq
@@ -11,23 +13,33 @@ from quant import fake_quant_act
 
 
 class Moments(gptq.Hessian):
-    """H = sum of xq^T xq and M = sum of (x - xq)^T xq over all tokens seen, (C, C) float32, each sequence quantized as at run time."""
+    """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C) float32, each sequence quantized as at run time.
+
+    The target t is the layer's own input x, if not another is given: then the layer also makes up for what went wrong before it.
+    """
 
     def __init__(self, columns, recipe, device):
         super().__init__(columns, recipe, device)
         self.M = torch.zeros_like(self.H)
         self.act_bits, self.per_token = recipe.act_bits, recipe.act_pertoken
 
-    def add(self, x):
-        """x (B, T, C)"""
+    def add(self, x, target=None):
+        """x (B, T, C); target, of its shape: what W is applied to in what the layer should give, if not x."""
         xq = fake_quant_act(x, self.act_bits, self.per_token)
         super().add(xq)
         # The difference before the product: the difference of two products would cancel.
-        self.M.addmm_((x.float() - xq.float()).flatten(0, -2).T, xq.flatten(0, -2).float())
+        self.M.addmm_(((x if target is None else target).float() - xq.float()).flatten(0, -2).T, xq.flatten(0, -2).float())
 
     def permute(self, order):
         super().permute(order)
         self.M = self.M[order][:, order]
+
+
+class Drift(Moments):
+    """Moments of inputs that are not quantized, for GPTQ: M = sum of (t - x)^T x is what went wrong before the layer."""
+
+    def __init__(self, columns, recipe, device):
+        super().__init__(columns, replace(recipe, act_bits=16), device)
 
 
 def reformulate(W, M, U):
