@@ -65,10 +65,11 @@ def inverse_factor(H, percdamp):
     return torch.linalg.cholesky(torch.linalg.inv(damped(H, percdamp))).T
 
 
-def column_loop(W, U, scale, zero, bits):
+def column_loop(W, U, scale, zero, bits, full_width=False):
     """The exact loop, in W's own precision: one column, one rank-1 update of all columns after it.  scale, zero: (R, C) or (R, 1).
 
     A fair opponent for a stopwatch: a column is contiguous in memory, an update is a single in-place operation that touches nothing else.
+    full_width: it runs over all columns, as U has zeros for those before; the same codes, without a slice.
     """
     R, C = W.shape
     w = W.T.clone(memory_format=torch.contiguous_format)  # (C, R)
@@ -77,7 +78,8 @@ def column_loop(W, U, scale, zero, bits):
     for i in range(C):
         q[i] = codes(w[i], scale[i], zero[i], bits)
         error = (w[i] - (q[i] - zero[i]) * scale[i]) / U[i, i]
-        w[i + 1 :].addr_(U[i, i + 1 :], error, alpha=-1)
+        start = 0 if full_width else i + 1
+        w[start:].addr_(U[i, start:], error, alpha=-1)
     return q.T
 
 

@@ -42,14 +42,23 @@ def assert_same_codes(q, expected, share=0.995):
 # The loop
 
 
+@pytest.mark.parametrize("C", [1, 255, 256, 257, 601])  # around two SPANs, where halving begins
+def test_inverse_of_an_upper_triangle(C):
+    V = problem(C, outliers=min(4, C))[2]
+    inverse = gptq.invert_upper(V.clone())
+    torch.testing.assert_close(inverse @ V, torch.eye(C, dtype=V.dtype), rtol=0, atol=1e-9)
+    assert (inverse.tril(-1) == 0).all()
+
+
 @pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("C", [1, 2, 127, 128, 129, 300])  # around SPAN
+@pytest.mark.parametrize("C", [1, 2, 15, 16, 17, 127, 128, 129, 300])  # around LEAF and SPAN
 def test_solve_is_the_column_loop(C, bits, sym):
     W, _, U = problem(C, outliers=min(4, C))
     grid = find_grid(W, bits, sym=sym)
     expected = reference.column_loop(W, U, grid.scale, grid.zero, bits)
     assert torch.equal(gptq.solve(W.clone(), U, grid), expected)
+    assert torch.equal(reference.column_loop(W, U, grid.scale, grid.zero, bits, full_width=True), expected)
     assert C <= 2 or not torch.equal(rtn(W, None, Recipe(wbits=bits, sym=sym), "layer")[0], expected), "compensation changes codes"
 
 
