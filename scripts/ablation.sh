@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Every option beyond the paper, alone and added up: one JSON per cell, out/ablation/MODEL/WwAa-OPTIONS-SEED.json.  Finished cells are skipped.
+#
+#   bash scripts/ablation.sh                                     everything: hours on a CPU; further flags go to each run
+#   SEEDS=0 BITS=w3a8 CELLS="paper plus" bash scripts/ablation.sh    a part of it
+#   python scripts/table.py --ablation out/ablation              the table, and what the options cost
+#
+# Each run is evaluated on two texts.  `choose` is what --preset plus was chosen by, `report` is what its numbers are reported on; calibration
+# windows, 64 of them, come from a third.  MODELS are demo models and folders; TEXT is the text of the latter, by default of TinyStories.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
+table=ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
+SEEDS=${SEEDS:-0 1 2 3 4}
+BITS=${BITS:-w4a8 w3a8 w4a6 w4a16}
+shared=$(dirname "$root")/shared/data
+MODELS=${MODELS:-$shared/models/stories260k $root/demo/opt $root/demo/llama}
+MODEL_PREFIX=${MODEL_PREFIX-}
+TEXT=${TEXT:-$shared/tinystories/train.txt}
+
+options="
+paper
+grid             --grid reformulated
+clip-mse         --clip mse
+clip-hessian     --clip hessian
+actorder         --actorder
+true-sequential  --true-sequential
+stream           --target stream
+stream-only      --target stream --target_mix 1
+bias             --bias_correction
+smooth           --smooth
+smooth-search    --smooth --smooth_search
+pertoken         --act_pertoken
+sum-2            --clip mse --grid reformulated
+sum-3            --clip mse --grid reformulated --actorder
+sum-4            --clip mse --grid reformulated --actorder --target stream
+sum-5            --clip mse --grid reformulated --actorder --target stream --true-sequential
+sum-6            --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction
+sum-6-hessian    --clip hessian --grid reformulated --actorder --target stream --true-sequential --bias_correction
+sum-7-smooth     --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction --smooth
+sum-7-search     --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction --smooth --smooth_search
+sum-7-pertoken   --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction --act_pertoken
+plus             --preset plus
+plus-smooth      --preset plus --smooth
+plus-pertoken    --preset plus --act_pertoken
+"
+CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
+
+# texts FOLDER FILE LAST: the file's lines up to LAST for calibration, then half of the rest to choose by and half to report
+texts() {
+    local lines
+    lines=$(wc -l < "$2")
+    mkdir -p "$1/choose" "$1/report"
+    awk -v n="$3" 'NR <= n' "$2" > "$1/choose/train.txt"
+    awk -v a="$3" -v b=$((($3 + lines) / 2)) 'NR > a && NR <= b' "$2" > "$1/choose/test.txt"
+    awk -v b=$((($3 + lines) / 2)) 'NR > b' "$2" > "$1/report/test.txt"
+}
+
+data=$results/ablation-text
+texts "$data/stories" "$TEXT" $(($(wc -l < "$TEXT") * 84 / 100)) # leaves twice 64 windows of 512 tokens of TinyStories
+cat "$root/demo/data/world/train.txt" "$root/demo/data/world/test.txt" > "$data/world.txt"
+texts "$data/world" "$data/world.txt" "$(wc -l < "$root/demo/data/world/train.txt")"
+
+for seed in $SEEDS; do
+    for bits in $BITS; do
+        w=${bits#w} a=${bits#*a}
+        for model in $MODELS; do
+            case $model in
+                */opt) script=opt.py text=world seqlen=256 tasks='' ;;
+                */llama) script=main.py text=world seqlen=256 tasks="--tasks $root/demo/tasks/world_deed.yaml,$root/demo/tasks/world_why.yaml --limit 100 --batch_size 16 --table_results" ;;
+                *) script=main.py text=stories seqlen=512 tasks='' ;;
+            esac
+            while read -r name set; do
+                if [[ " ${CELLS//$'\n'/ } " == *" $name "* && -n $name ]]; then
+                    cell "$bits-$name-$seed" --data_dir "$data/$text" --seqlen $seqlen --wbits "${w%a*}" --act_bits "$a" --seed "$seed" $tasks $set
+                fi
+            done <<< "$options"
+        done
+    done
+done
+
+finish
