@@ -61,18 +61,29 @@ texts "$data/stories" "$TEXT" $(($(wc -l < "$TEXT") * 84 / 100)) # leaves twice 
 cat "$root/demo/data/world/train.txt" "$root/demo/data/world/test.txt" > "$data/world.txt"
 texts "$data/world" "$data/world.txt" "$(wc -l < "$root/demo/data/world/train.txt")"
 
+# Sets what a run on $model needs: the script, its text, the tasks it can be asked.
+about_model() {
+    case $model in
+        "$root/demo/opt") script=opt.py text=world seqlen=256 tasks='' ;;
+        "$root/demo/llama") script=main.py text=world seqlen=256 tasks="--tasks $worlds --limit 100 --batch_size 16 --table_results" ;;
+        *) script=main.py text=stories seqlen=512 tasks='' ;;
+    esac
+    given="--data_dir $data/$text --seqlen $seqlen $tasks"
+}
+worlds=$root/demo/tasks/world_deed.yaml,$root/demo/tasks/world_why.yaml
+
+for model in $MODELS; do
+    about_model
+    cell full $given --method full
+done
 for seed in $SEEDS; do
     for bits in $BITS; do
         w=${bits#w} a=${bits#*a}
         for model in $MODELS; do
-            case $model in
-                */opt) script=opt.py text=world seqlen=256 tasks='' ;;
-                */llama) script=main.py text=world seqlen=256 tasks="--tasks $root/demo/tasks/world_deed.yaml,$root/demo/tasks/world_why.yaml --limit 100 --batch_size 16 --table_results" ;;
-                *) script=main.py text=stories seqlen=512 tasks='' ;;
-            esac
-            while read -r name set; do
+            about_model
+            while read -r name flags_of; do
                 if [[ " ${CELLS//$'\n'/ } " == *" $name "* && -n $name ]]; then
-                    cell "$bits-$name-$seed" --data_dir "$data/$text" --seqlen $seqlen --wbits "${w%a*}" --act_bits "$a" --seed "$seed" $tasks $set
+                    cell "$bits-$name-$seed" $given --wbits "${w%a*}" --act_bits "$a" --seed "$seed" $flags_of
                 fi
             done <<< "$options"
         done
