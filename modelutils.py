@@ -394,8 +394,7 @@ class Seen(Exception):
 def observe(block, x, kwargs, name, observers, stream=None, rest=True):
     """Run the block over all its inputs.  observers, {QuantLinear: (objects with .add, ...)}, see what their linear reads: (B, T, C).
 
-    stream: a Stream inside the block; observers then see targets too.  rest: whether what follows the last observed linear runs as well,
-    and the stream goes on to the next block.
+    stream: a Stream inside the block; observers then see targets too.  rest: whether what follows the last observed linear runs as well.
     """
     *_, last = observers
 
@@ -410,7 +409,7 @@ def observe(block, x, kwargs, name, observers, stream=None, rest=True):
     handles = [linear.register_forward_pre_hook(show) for linear in observers]
     for k, h in enumerate(x):
         if stream is not None:
-            stream.run(k, h.device, kwargs, name, observers, rest)
+            stream.run(k, h.device, kwargs, name, set(observers))
         with suppress(Seen):
             run_block(block, h, kwargs, name)
     for handle in handles:
@@ -420,7 +419,7 @@ def observe(block, x, kwargs, name, observers, stream=None, rest=True):
 class Stream:
     """The calibration sequences in the unquantized model, walked beside those in the quantized one: x, a list of (B, T, D) in host memory.
 
-    mix: its share in the targets.  On the device are one unquantized block and what the linears of a batch read in it.
+    mix: its share in the targets.  On the device are one unquantized block, and what the linears of a batch read in it.
     """
 
     def __init__(self, x, mix):
@@ -428,32 +427,29 @@ class Stream:
 
     @contextmanager
     def inside(self, block, linears):
-        """While it lasts, `run` runs the block as it is now, its QuantLinears (linears, {name: QuantLinear}) not yet settled."""
-        self.block, self.reads = deepcopy(block), {}
-        self.twins = {linear: self.block.get_submodule(name) for name, linear in linears.items()}
+        """While it lasts, targets of some linears of a block, {name: QuantLinear}, can be had; nothing in the block is rounded yet."""
+        self.block, self.done = deepcopy(block), 0
+        self.reads = {linear: [] for linear in linears.values()}
+        for name, linear in linears.items():
+            self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
         try:
             yield
         finally:
-            del self.block, self.twins, self.reads
+            del self.block, self.reads
 
-    def run(self, k, device, kwargs, name, linears, rest):
-        """Batch k through the unquantized block, as far as linears need it for their targets, or with the rest to the next block."""
-        *_, last = linears
+    def keep(self, linear, twin, args):
+        read = twin.smoothed(args[0])
+        self.reads[linear].append(read if linear in self.now else read.cpu())
 
-        def keep(linear, twin, args):
-            self.reads[linear] = twin.smoothed(args[0])
-            if linear is last and not rest:
-                raise Seen
-
-        handles = [self.twins[linear].register_forward_pre_hook(partial(keep, linear)) for linear in linears]
-        with suppress(Seen):
+    def run(self, k, device, kwargs, name, now):
+        """Batch k through the unquantized block, the first time.  now: linears that need it at once; the others' stays in host memory."""
+        if k == self.done:
+            self.now, self.done = now, k + 1
             self.x[k] = run_block(self.block, self.x[k].to(device), kwargs, name).cpu()
-        for handle in handles:
-            handle.remove()
 
     def target(self, linear, x):
-        """What a linear that reads x (B, T, C) in the quantized model should be fitted to, float32."""
-        return torch.lerp(x.float(), self.reads.pop(linear).float(), self.mix)
+        """What a linear that reads x (B, T, C) in the quantized model should be fitted to, float32.  Once a batch, in their order."""
+        return torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)
 
 
 # ---------------------------------------------------------------------------
@@ -559,7 +555,7 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
             observe(block, x, kwargs, name, {first[g]: (absmax[g], *([samples[g]] if samples else ())) for g in groups})
             smooth_block(block, groups, linears, config, recipe, absmax, samples)
     steps = [(group,) for group in groups] if recipe.true_sequential else [groups]
-    with stream.inside(block, linears) if stream else nullcontext():
+    with stream.inside(block, {group.linears[0]: first[group] for group in groups}) if stream else nullcontext():
         for step in steps:
             with clock("statistics"):
                 sample = {group: FirstSequence() for group in step}
@@ -567,7 +563,7 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
                 means = {g: Means(first[g].weight.shape[1], recipe, device) for g in step if recipe.bias_correction}
                 # no name for the observers: statistics must not outlive their group
                 seen = [kind for kind in (sample, stats, means) if kind]
-                observe(block, x, kwargs, name, {first[g]: [kind[g] for kind in seen] for g in step}, stream, step is steps[-1])
+                observe(block, x, kwargs, name, {first[g]: [kind[g] for kind in seen] for g in step}, stream, step is groups)
             for group in step:
                 names = group.linears
                 originals = [linears[n].weight.data for n in names]
