@@ -648,7 +648,14 @@ def quantize(model, ids, recipe, device, walk_batch, clock, store=None, writers=
 
 PRESETS = {  # defaults that take the place of the published ones; single flags override them
     "paper": {},
-    "plus": {"grid": "reformulated", "clip": "mse", "actorder": True, "true_sequential": True, "target": "stream", "bias_correction": True},
+    "plus": {
+        "grid": "reformulated",
+        "clip": "hessian",
+        "actorder": True,
+        "true_sequential": True,
+        "target": "stream",
+        "bias_correction": True,
+    },
 }
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 

@@ -31,18 +31,16 @@ bias             --bias_correction
 smooth           --smooth
 smooth-search    --smooth --smooth_search
 pertoken         --act_pertoken
-sum-2            --clip mse --grid reformulated
-sum-3            --clip mse --grid reformulated --actorder
-sum-4            --clip mse --grid reformulated --actorder --target stream
-sum-5            --clip mse --grid reformulated --actorder --target stream --true-sequential
-sum-6            --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction
-sum-6-hessian    --clip hessian --grid reformulated --actorder --target stream --true-sequential --bias_correction
-sum-7-smooth     --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction --smooth
-sum-7-search     --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction --smooth --smooth_search
-sum-7-pertoken   --clip mse --grid reformulated --actorder --target stream --true-sequential --bias_correction --act_pertoken
+sum-2            --clip hessian --grid reformulated
+sum-3            --clip hessian --grid reformulated --actorder
+sum-4            --clip hessian --grid reformulated --actorder --target stream
+sum-5            --clip hessian --grid reformulated --actorder --target stream --true-sequential
 plus             --preset plus
-plus-smooth      --preset plus --smooth
+plus-mse         --preset plus --clip mse
+plus-only        --preset plus --target_mix 1
 plus-pertoken    --preset plus --act_pertoken
+plus-smooth      --preset plus --smooth --no-smooth_search
+plus-search      --preset plus --smooth --smooth_search
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
 
