@@ -21,8 +21,6 @@ SCHEMA = 1
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CPU_TOKENS = (1, 17)
 CPU_NOTE = "no GPU: tiny models through the PyTorch path on a CPU, to see that the benchmark runs; these times say nothing about speed"
-
-
 NOTHING = dict.fromkeys(("config", "graph", "eager", "reason", "gb_per_second", "tops", "roofline", "ideal_us"))
 
 
@@ -46,6 +44,14 @@ def both_ways(calls, device, graph=True, **rounds):
 def best_time(cell):
     """By graph where there is one: {"median", "p20", "p80"}, or None."""
     return cell["graph"] or cell["eager"]
+
+
+def speedup(base, other):
+    """How many times as fast as a cell another is: both by graph, else both called one by one; None if there are no such times."""
+    for way in ("graph", "eager"):
+        if base and other and base[way] and other[way]:
+            return base[way]["median"] / other[way]["median"]
+    return None
 
 
 def ideal_seconds(contender, ceiling, rows, columns, tokens):
@@ -101,6 +107,21 @@ def bench_layers(models, tokens, device, report, save, contenders=CONTENDERS):
         save()
 
 
+def summary(report):
+    """Speedups over float16, a line for each layer and a column for each number of tokens; – where there is none."""
+    cells = {(c["rows"], c["columns"], c["tokens"], c["contender"]): c for c in report["cells"]}
+    tokens = sorted({c["tokens"] for c in report["cells"] if c["tokens"]})
+
+    def shown(*at):
+        found = speedup(*(cells.get((*at, name)) for name in ("float16", "w4a8")))
+        return f"{found:.2f}" if found else "–"
+
+    layers = [(layer["rows"], layer["columns"]) for layer in report["layers"]]
+    rows = [[f"{r} x {c}", *(shown(r, c, m) for m in tokens)] for r, c in layers]
+    lines = ["".join(f"{cell:>8}" if i else f"{cell:24}" for i, cell in enumerate(row)) for row in [["speedup, tokens", *tokens], *rows]]
+    return "\n".join(lines)
+
+
 def line(cell):
     time = best_time(cell)
     shown = f"{time['median']:9.1f} us  {cell['roofline']:6.1%} of the roofline" if time else f"{'':9}     {cell['reason']}"
@@ -146,6 +167,8 @@ def main(args):
     models = args.models.split(",") if args.models else list(shapes.TIMED if gpu else shapes.TINY)
     for name in models:
         shapes.model(name)
+    if args.blocks is not None and args.blocks < 1:
+        raise ValueError(f"--blocks {args.blocks}: must be at least 1")
     if args.output_path and not os.access(Path(args.output_path).resolve().parent, os.W_OK):
         raise OSError(f"--output_path {args.output_path}: cannot write into its folder; give another, or make it")
     if gpu:
@@ -163,6 +186,7 @@ def main(args):
         bench_blocks(models, args.prefill, args.context, args.batch, args.blocks, device, report, save)
     else:
         bench_layers(models, args.tokens or (TOKENS if gpu else CPU_TOKENS), device, report, save)
+        print(summary(report))
     report["finished"] = True
     save()
     return report

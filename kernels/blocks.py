@@ -6,6 +6,7 @@ same input are one: q/k/v, and gate/up.  All blocks of a model have the same wei
 
 import copy
 import math
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ PREFILL, CONTEXT, BATCH = (512, 1024, 2048, 4096, 8192), (1024, 2048), (1, 2, 4,
 CPU_PREFILL, CPU_CONTEXT, CPU_BATCH = (32,), (16,), (1, 2)
 TOGETHER = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))  # in the order of execution
 SHARE = 0.7  # of the memory that is free goes to the FP16 model's blocks; the rest is for caches and activations
+FEW = 4  # blocks that are timed one by one
 CONTENDERS = ("float16", "w4a8")
 
 # ---------------------------------------------------------------------------
@@ -156,6 +158,17 @@ def decode_step(model, batch, context, device):
 STEPS = {"prefill": prefill_step, "decode": decode_step}
 
 
+@contextmanager
+def shortened(model):
+    """The model with a few blocks: more than the L2 cache holds, while caches of long contexts fit the memory."""
+    layers = layers_of(model)
+    model.get_decoder().layers = layers[:FEW]
+    try:
+        yield
+    finally:
+        model.get_decoder().layers = layers
+
+
 def block_calls(model, step):
     """[call of one decoder block], all blocks of the model in turn, each on the input that the first has in a step."""
     seen = []
@@ -174,13 +187,15 @@ def bench_cell(model, phase, batch, tokens, device):
         if isinstance(module, IntegerLinear):
             module.batch = batch
     try:
+        with shortened(model):
+            cell["block"] = bench.both_ways(block_calls(model, STEPS[phase](model, batch, tokens, device)), device)
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         step = STEPS[phase](model, batch, tokens, device)
         cell["finite"] = bool(step().logits.isfinite().all())
         if device.type == "cuda":
             cell["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        cell["block"] = bench.both_ways(block_calls(model, step), device)
         cell["whole"] = bench.both_ways([step], device, least=1)
     except torch.OutOfMemoryError:
         return cell | {"reason": "out of memory"}
@@ -207,6 +222,8 @@ def bench_blocks(models, prefill, context, batch, most, device, report, save):
                 report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
                 print(line(report["cells"][-1]), flush=True)
             del model
+            if gpu:
+                torch.cuda.empty_cache()  # what is free decides how many blocks the next one has
         report["models"].append({"name": name, "blocks": n, "of": shapes.model(name).blocks, "clocks": during(device)})
         save()
 
@@ -215,5 +232,6 @@ def line(cell):
     where = f"{cell['model']:12} {cell['phase']:8} batch {cell['batch']:3}  {cell['tokens']:5} tokens  {cell['contender']:8}"
     if cell["tokens_per_second"] is None:
         return f"{where} {cell['reason']}"
-    whole, block = (bench.best_time(cell[part])["median"] / 1000 for part in ("whole", "block"))
-    return f"{where} {whole:9.3f} ms, a block {block:8.3f} ms, {cell['tokens_per_second']:10.1f} tokens/s"
+    whole, block = (bench.best_time(cell[part]) for part in ("whole", "block"))
+    shown = f"a block {block['median'] / 1000:8.3f} ms" if block else cell["reason"]
+    return f"{where} {whole['median'] / 1000:9.3f} ms, {shown}, {cell['tokens_per_second']:10.1f} tokens/s"

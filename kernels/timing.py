@@ -26,20 +26,22 @@ def captured(call, device):
 
     call runs twice before it is captured, as kernels are loaded on first use.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
 
     def replay():
         graph.replay()
         return result
 
+    replay.call = call  # as long as the graph can run, what it reads must live
     return replay
 
 
@@ -50,9 +52,10 @@ def seconds(call, device):
         call()
         return time.perf_counter() - start
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
+    with torch.cuda.device(device):
+        start.record()
+        call()
+        end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000
 
@@ -161,6 +164,8 @@ def write_json(path, content):
         with open(partial_file, "w") as f:
             json.dump(content, f, indent=1, allow_nan=False)
             f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
         os.replace(partial_file, path)
     finally:
         with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evalutils import table
-from kernels.bench import SCHEMA, best_time
+from kernels.bench import SCHEMA, best_time, speedup
 from modelutils import Parser
 
 BASE, OURS = "float16", "w4a8"
@@ -65,10 +65,6 @@ def microseconds(cell):
     return time["median"] if time else None
 
 
-def ratio(base, other):
-    return base / other if base and other else None
-
-
 # ---------------------------------------------------------------------------
 # Pictures
 
@@ -94,16 +90,15 @@ def draw_tokens(report, path):
     )
     for axis, layer in zip(axes.flat, layers, strict=False):
         shape = layer["rows"], layer["columns"]
-        base = [microseconds(cells.get((*shape, BASE, m))) for m in tokens]
         for name, colour in colours.items():
-            ratios = [ratio(b, microseconds(cells.get((*shape, name, m)))) for b, m in zip(base, tokens, strict=True)]
+            ratios = [speedup(*(cells.get((*shape, which, m)) for which in (BASE, name))) for m in tokens]
             points = [(m, r) for m, r in zip(tokens, ratios, strict=True) if r is not None]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), color=colour, label=name, marker="o", markersize=3, linewidth=2 if name == OURS else 1
                 )
         ideal = [(cells.get((*shape, BASE, m)), cells.get((*shape, OURS, m))) for m in tokens]
-        roof = [(m, ratio(*(c["ideal_us"] for c in pair))) for m, pair in zip(tokens, ideal, strict=True) if all(pair)]
+        roof = [(m, a["ideal_us"] / b["ideal_us"]) for m, (a, b) in zip(tokens, ideal, strict=True) if a and b]
         axis.plot(*zip(*roof, strict=True), color="black", linestyle="--", linewidth=1, label="roofline, w4a8")
         axis.axhline(1, color="#666666", linewidth=0.8)
         axis.set_xscale("log", base=2)
@@ -134,9 +129,9 @@ def cases(report):
 def model_speedup(report, name, case, part="whole"):
     """(FP16 over W4A8 or None, the reason for that) of a model."""
     cells = {c["contender"]: c for c in report["cells"] if (c["model"], c["phase"], c["batch"], c["tokens"]) == (name, *case)}
-    times = [cells[which] and cells[which][part] and microseconds(cells[which][part]) if which in cells else None for which in (BASE, OURS)]
+    found = speedup(*(cells.get(which, {}).get(part) for which in (BASE, OURS)))
     reasons = [f"{which}: {cells[which]['reason']}" for which in (BASE, OURS) if which in cells and cells[which]["reason"]]
-    return ratio(*times), "; ".join(reasons) or "not measured"
+    return found, "; ".join(reasons) or "not measured"
 
 
 def draw_models(report, path):
@@ -148,11 +143,11 @@ def draw_models(report, path):
         phase, batch, tokens = case
         label = f"prefill {tokens} tokens" if phase == "prefill" else f"decode, batch {batch}, context {tokens}"
         for j, name in enumerate(names):
-            speedup, reason = model_speedup(report, name, case)
+            found, reason = model_speedup(report, name, case)
             at = j + (i - (len(drawn) - 1) / 2) * width
-            axis.bar(at, speedup or 0, width * 0.95, color=colour, zorder=2, label=label if j == 0 else None)
-            text = f"{speedup:.2f}" if speedup else reason
-            axis.text(at, (speedup or 0) + 0.03, text, ha="center", va="bottom", fontsize=7, rotation=0 if speedup else 90, zorder=3)
+            axis.bar(at, found or 0, width * 0.95, color=colour, zorder=2, label=label if j == 0 else None)
+            text = f"{found:.2f}" if found else reason
+            axis.text(at, (found or 0) + 0.03, text, ha="center", va="bottom", fontsize=7, rotation=0 if found else 90, zorder=3)
     axis.axhline(1, color="black", linewidth=0.8, zorder=1)
     axis.margins(x=0.01, y=0.1)
     axis.set_xticks(range(len(names)), [f"{m['name']}\n{m['blocks']} of {m['of']} blocks" for m in report["models"]], fontsize=8)
@@ -185,12 +180,12 @@ def layer_table(report):
     rows, slower = [], 0
     for at in dict.fromkeys(key[:3] for key in cells if key[2]):
         base, ours = (cells.get((*at, name)) for name in (BASE, OURS))
-        speedup = ratio(microseconds(base), microseconds(ours))
-        eager = ratio(*(cell["eager"]["median"] if cell and cell["eager"] else None for cell in (base, ours)))
-        slower += speedup is not None and speedup < 1
+        found = speedup(base, ours)
+        eager = speedup(*(cell and cell | {"graph": None} for cell in (base, ours)))
+        slower += found is not None and found < 1
         share = ours and ours["roofline"]
-        more = [gain(ratio(microseconds(base), microseconds(cells.get((*at, name))))) for name in timed]
-        shown = times(microseconds(base)), times(microseconds(ours)), gain(speedup), gain(eager), "–" if share is None else f"{share:.0%}"
+        more = [gain(speedup(base, cells.get((*at, name)))) for name in timed]
+        shown = times(microseconds(base)), times(microseconds(ours)), gain(found), gain(eager), "–" if share is None else f"{share:.0%}"
         rows.append((f"{at[0]} x {at[1]}", at[2], *shown, *more))
     header = ("rows x columns", "tokens", "float16 us", "w4a8 us", "speedup", "called one by one", "of the roofline", *timed)
     reasons = {c["contender"]: c["reason"] for c in report["cells"] if c["contender"] in others and c["contender"] not in timed}
@@ -211,16 +206,16 @@ def block_table(report):
     blocks = {model["name"]: f"{model['blocks']} of {model['of']}" for model in report["models"]}
     for at in dict.fromkeys((c["model"], c["phase"], c["batch"], c["tokens"]) for c in report["cells"]):
         pair = {c["contender"]: c for c in report["cells"] if (c["model"], c["phase"], c["batch"], c["tokens"]) == at}
-        whole, block = ([microseconds(pair.get(name, {}).get(part)) for name in (BASE, OURS)] for part in ("whole", "block"))
-        speedup = ratio(*whole)
-        slower += speedup is not None and speedup < 1
-        shown = [times(t and t / 1000, 3) for t in (*whole, *block)]
+        whole, block = ([pair.get(name, {}).get(part) for name in (BASE, OURS)] for part in ("whole", "block"))
+        found = speedup(*whole)
+        slower += found is not None and found < 1
+        shown = [times(t and t / 1000, 3) for t in map(microseconds, (*whole, *block))]
         rate = [times(pair.get(name, {}).get("tokens_per_second"), 0) for name in (BASE, OURS)]
         memory = [pair.get(name, {}).get("peak_bytes") for name in (BASE, OURS)]
         memory = [times(m and m / 2**30) for m in memory]
         why = "; ".join(f"{name}: {c['reason']}" for name, c in pair.items() if c["reason"])
         rows.append(
-            (at[0], blocks.get(at[0], ""), *at[1:], *shown[:2], gain(speedup), *shown[2:], gain(ratio(*block)), *rate, *memory, why)
+            (at[0], blocks.get(at[0], ""), *at[1:], *shown[:2], gain(found), *shown[2:], gain(speedup(*block)), *rate, *memory, why)
         )
     header = ("model", "blocks", "phase", "batch", "tokens", "FP16 ms", "W4A8 ms", "speedup", "a block: FP16 ms", "W4A8 ms", "speedup")
     header += ("FP16 tokens/s", "W4A8 tokens/s", "FP16 GiB", "W4A8 GiB", "remarks")

@@ -1,5 +1,9 @@
 """Decoding and reading prompts: the logits are those of model(ids), whatever cache and way; kernels.timing on a CPU."""
 
+import gc
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import tiny_model, token_ids
@@ -87,8 +91,28 @@ def test_ceilings_are_of_this_machine():
     assert set(found) == {"bytes", "float16", "bfloat16", "int8"} and all(rate > 1e6 for rate in found.values())
 
 
-def test_json_is_written_whole(tmp_path):
-    timing.write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(ValueError):
-        timing.write_json(tmp_path / "a.json", {"a": float("nan")})
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
+def test_a_graph_keeps_alive_what_it_reads(monkeypatch):
+    """On stand-ins for CUDA's graphs: the call runs three times, and what only it knows lives as long as the replay."""
+
+    class Stand(nullcontext):
+        replays = 0
+
+        def wait_stream(self, other):
+            pass
+
+        def replay(self):
+            Stand.replays += 1
+
+    for name in ("device", "Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Stand)
+    memory, calls = torch.ones(3), []
+    seen = weakref.ref(memory)
+
+    def call(memory=memory):
+        calls.append(memory.sum())
+        return calls[-1]
+
+    replay = timing.captured(call, CPU)
+    del memory, call
+    gc.collect()
+    assert len(calls) == 3 and replay() is calls[2] and replay() is calls[2] and Stand.replays == 2 and seen() is not None
