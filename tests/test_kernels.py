@@ -27,10 +27,8 @@ from modelutils import load_model, load_tokenizer, quantize_blocks
 from quant import Recipe, fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
-UNDEFINED = (
-    "-fsanitize=undefined",
-    "-fsanitize-undefined-trap-on-error",
-)  # a load off its alignment, an index past an array, a sum past 2^31
+# Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
+UNDEFINED = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 
 
 def draw(*shape, seed=0):
