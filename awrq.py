@@ -4,6 +4,8 @@ What a layer sees at run time is not x but its quantized self xq.  The real-valu
 W* = W + W M (H + lam I)^-1 with H = xq^T xq and M = (x - xq)^T xq; rounding W* with GPTQ's loop on H is AWRQ.
 """
 
+from dataclasses import replace
+
 import torch
 
 import gptq
@@ -12,27 +14,31 @@ from quant import fake_quant_act
 
 
 class Moments(gptq.Hessian):
-    """H = sum of xq^T xq and M = sum of (x - xq)^T xq over all tokens seen, (C, C) float32, each sequence quantized as at run time."""
+    """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C) float32, each sequence quantized as at run time.
+
+    The target t is the layer's own input x, if not another is given: then the layer also makes up for what went wrong before it.
+    """
 
     def __init__(self, columns, recipe, device):
         super().__init__(columns, recipe, device)
         self.M = torch.zeros_like(self.H)
         self.act_bits, self.per_token = recipe.act_bits, recipe.act_pertoken
 
-    def add(self, x):
-        """x (B, T, C)"""
+    def add(self, x, target=None):
+        """x (B, T, C); target, of its shape: what W is applied to in what the layer should give, if not x."""
+        target = x if target is None else target
         if x.is_cuda and self.act_bits <= 8 and not self.per_token:
-            self.add_codes(x, x)
+            self.add_codes(x, target)
         else:
             xq = fake_quant_act(x, self.act_bits, self.per_token)
             super().add(xq)
             # The difference before the product: the difference of two products would cancel.
-            gptq.add_product(self.M, (x.float() - xq.float()).flatten(0, -2), xq.flatten(0, -2).float())
+            gptq.add_product(self.M, (target.float() - xq.float()).flatten(0, -2), xq.flatten(0, -2).float())
 
     def add_codes(self, x, target):
         """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.
 
-        target (B, T, C): x.  The difference to it is rounded to float16, which changes M by a thousandth of itself at most.
+        The difference of the target to them is rounded to float16, which changes M by a thousandth of itself at most.
         """
         codes, scale, zero = act_codes(x, self.act_bits)
         for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
@@ -42,6 +48,13 @@ class Moments(gptq.Hessian):
     def permute(self, order):
         super().permute(order)
         self.M = self.M[order][:, order]
+
+
+class Drift(Moments):
+    """Moments of inputs that are not quantized, for GPTQ: M = sum of (t - x)^T x is what went wrong before the layer."""
+
+    def __init__(self, columns, recipe, device):
+        super().__init__(columns, replace(recipe, act_bits=16), device)
 
 
 def reformulate(W, M, U):

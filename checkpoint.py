@@ -575,7 +575,8 @@ class Store:
         entry = read_json(self.path("block", i, "json"), ("layers", "tensors"))
         codes = restore_block(block, read_shard(self.path("block", i), entry["tensors"]), groups, batch, self.recipe)
         if i + 1 == self.finished < self.blocks:
-            x[:] = [h.to(x[0].device) for h in read_shard(self.path("inputs", i + 1), entry["inputs"]).values()]
+            inputs = read_shard(self.path("inputs", i + 1), entry["inputs"]).values()
+            x[:] = [h.to(old.device) for h, old in zip(inputs, x, strict=True)]
         return [Layer(**layer) for layer in entry["layers"]], codes
 
 
@@ -611,7 +612,7 @@ def prepare(args, script):
 
 
 def prepare_packed(args, script):
-    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"act_quant", "save", "checkpoint_dir"}
+    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"preset", "act_quant", "save", "checkpoint_dir"}
     for flag in args.changed:
         if flag in fixed:
             flag = flag.replace("true_", "true-")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from datautils import file_source, find_file, parse_json, read_rows
 from kernels.timing import commit, write_json
-from modelutils import FAMILIES, METHODS, check_vocabulary, padded, placed, propagate, record_inputs, walk
+from modelutils import FAMILIES, METHODS, PRESETS, check_vocabulary, padded, placed, propagate, record_inputs, walk
 from quant import IntLinear, QuantLinear, Recipe
 from speed import decode, prefill
 
@@ -345,17 +345,28 @@ NAMED = ("method", "wbits", "act_bits", "smooth")  # have their own place in a n
 DATA = ("calib_data", "nsamples", "seqlen", "seed")  # are told by the protocol
 
 
+def options(recipe):
+    """The settings of a recipe (a dict) that are used and not the default, {name: value}, without those of NAMED and DATA."""
+    unused = () if recipe["smooth"] else ("alpha", "min")
+    return {name: v for name, v in recipe.items() if name not in NAMED + DATA + unused and v != DEFAULTS.get(name)}
+
+
+def listed(options):
+    return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in options.items())
+
+
 def recipe_name(recipe):
-    """What a recipe (a dict) is called: method, bits and every setting that is used and not the default."""
+    """What a recipe (a dict) is called: method, bits, preset, and every other setting that is used and not the default."""
     method = recipe["method"]
     name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
     if recipe["smooth"] and False in METHODS[method].smooth:
         name += " + smoothing"
-    for setting, value in recipe.items():
-        used = recipe["smooth"] or setting not in ("alpha", "min")
-        if used and setting not in NAMED + DATA and value != DEFAULTS.get(setting):
-            name += f", {setting}" if value is True else f", {setting} {value}"
-    return name
+    left = options(recipe)
+    for preset, settings in PRESETS.items():
+        if settings and settings.items() <= recipe.items():
+            name += f", {preset}"
+            left = {key: value for key, value in left.items() if key not in settings}
+    return name + listed(left)
 
 
 def table(header, rows):
@@ -499,10 +510,10 @@ def describe(report):
         if used
         else ""
     )
-    options = [name.replace("_", "-") for name in ("smooth", "sym", "act_pertoken", "actorder", "true_sequential") if recipe[name]]
     lines = [
         f"{report['model']}: {recipe['method']}, W{recipe['wbits']}A{recipe['act_bits']}, group {recipe['groupsize']}, {protocol['dtype']}"
-        + "".join(f", {option}" for option in options),
+        + ", smooth" * recipe["smooth"]
+        + listed({name: value for name, value in options(recipe).items() if name != "groupsize"}),
         calib,
         f"arithmetic: {protocol['arithmetic']}",
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),

@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import repeat
 
 import torch
 
@@ -175,15 +176,25 @@ def quantize(W, stats, recipe, name, target=None):
     if dead.all():
         warnings.warn(f"{name}: all its calibration inputs are zero; its weights are rounded to nearest", stacklevel=2)
         return rtn(W, stats, recipe, name)
-    find = partial(find_grid, bits=recipe.wbits, groupsize=recipe.groupsize, sym=recipe.sym)
+    find = partial(find_grid, bits=recipe.wbits, groupsize=recipe.groupsize, sym=recipe.sym, clip=recipe.clip)
     alive = W.masked_fill(dead, 0)
+    seen = W if recipe.groupsize == -1 else alive  # as published: the grid of a row sees its dead columns, that of a group does not
+    W, order, back = alive, None, slice(None)
     diagonal[dead] = 1
-    grid = find(W if recipe.groupsize == -1 else alive)  # as published: the grid of a row sees its dead columns, that of a group does not
-    W, order = alive, None
     if recipe.actorder:
         order = diagonal.argsort(descending=True, stable=True)
+        back = order.argsort()
         W = W[:, order]
         stats.permute(order)
     U = inverse_factor(stats.H, recipe.percdamp, name)
-    q = solve(W if target is None else target(W, U), U, grid, W, recipe.blocksize, order, None if recipe.actorder else find)
-    return q if order is None else q[:, order.argsort()], grid
+    star = W if target is None else target(W, U)
+    if recipe.grid == "reformulated":
+        W, seen = star, star[:, back]
+    importance, later = None, repeat(None)
+    if recipe.clip == "hessian":
+        importance = (U.norm(dim=0) ** -2)[back]  # 1 / diag(H^-1)
+        later = iter(importance.split(recipe.groupsize if recipe.groupsize > 0 else len(importance))[1:])
+    grid = find(seen, importance=importance)
+    regrid = None if recipe.actorder else lambda W: find(W, importance=next(later))
+    q = solve(star, U, grid, W, recipe.blocksize, order, regrid)
+    return q[:, back], grid

@@ -10,8 +10,10 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import transformers
@@ -24,8 +26,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 import awrq
 import gptq
 import quant
-from quant import Batch, Grid, IntLinear, QuantLinear, Recipe, from_int
-from smoothquant import AbsMax, fold, smooth_scale
+from quant import CLIPS, GRIDS, TARGETS, Batch, Grid, IntLinear, Means, QuantLinear, Recipe, from_int
+from smoothquant import AbsMax, fold, search_scale, smooth_scale
 
 # ---------------------------------------------------------------------------
 # The two tables
@@ -98,12 +100,20 @@ NEVER, OPTIONAL, ALWAYS = (False,), (False, True), (True,)
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is.  weights(W, stats, recipe, name) -> codes, Grid; stats: what it must see first; acts, smooth: what it allows."""
+    """What a method is.  weights(W, stats, recipe, name) -> codes, Grid; stats: what it must see first; acts, smooth: what it allows.
+
+    stream: the weights and stats that take their place with a target from the full-precision stream, if others do.
+    """
 
     weights: Callable | None = None
     stats: type | None = None
     acts: tuple[bool, ...] = NEVER
     smooth: tuple[bool, ...] = NEVER
+    stream: tuple[Callable, type] | None = None
+
+    def fitted_to(self, target):
+        """The method for a target, "layer" or "stream"."""
+        return self if target == "layer" or not self.stream else replace(self, weights=self.stream[0], stats=self.stream[1])
 
 
 METHODS = {
@@ -111,7 +121,7 @@ METHODS = {
     "act_only": Method(acts=ALWAYS, smooth=OPTIONAL),
     "rtn": Method(quant.rtn, acts=ALWAYS),
     "smoothquant": Method(quant.rtn, acts=ALWAYS, smooth=ALWAYS),
-    "gptq": Method(gptq.quantize, gptq.Hessian, acts=OPTIONAL, smooth=OPTIONAL),
+    "gptq": Method(gptq.quantize, gptq.Hessian, acts=OPTIONAL, smooth=OPTIONAL, stream=(awrq.quantize, awrq.Drift)),
     "awrq": Method(awrq.quantize, awrq.Moments, acts=ALWAYS, smooth=OPTIONAL),
 }
 
@@ -380,18 +390,69 @@ def propagate(block, x, kwargs, name):
         x[k] = run_block(block, h, kwargs, name)
 
 
-def observe(block, x, kwargs, name, observers):
-    """Run the block over all its inputs.  observers, {QuantLinear: (objects with .add, ...)}, see what their linear reads: (B, T, C)."""
+class Seen(Exception):
+    """Raised in a block that has shown all that was asked for: what is left of it need not run."""
+
+
+def observe(block, x, kwargs, name, observers, stream=None, rest=True):
+    """Run the block over all its inputs.  observers, {QuantLinear: (objects with .add, ...)}, see what their linear reads: (B, T, C).
+
+    stream: a Stream inside the block; observers then see targets too.  rest: whether what follows the last observed linear runs as well.
+    """
+    *_, last = observers
 
     def show(linear, args):
+        x = linear.smoothed(args[0])
+        seen = (x,) if stream is None else (x, stream.target(linear, x))
         for observer in observers[linear]:
-            observer.add(linear.smoothed(args[0]))
+            observer.add(*seen)
+        if linear is last and not rest:
+            raise Seen
 
     handles = [linear.register_forward_pre_hook(show) for linear in observers]
-    for h in x:
-        run_block(block, h, kwargs, name)
+    for k, h in enumerate(x):
+        if stream is not None:
+            stream.run(k, h.device, kwargs, name, set(observers))
+        with suppress(Seen):
+            run_block(block, h, kwargs, name)
     for handle in handles:
         handle.remove()
+
+
+class Stream:
+    """The calibration sequences in the unquantized model, walked beside those in the quantized one: x, a list of (B, T, D) in host memory.
+
+    mix: its share in the targets.  On the device are one unquantized block, and what the linears of a batch read in it.
+    """
+
+    def __init__(self, x, mix):
+        self.x, self.mix = [h.cpu() for h in x], mix
+
+    @contextmanager
+    def inside(self, block, linears):
+        """While it lasts, targets of some linears of a block, {name: QuantLinear}, can be had; nothing in the block is rounded yet."""
+        self.block, self.done = deepcopy(block), 0
+        self.reads = {linear: [] for linear in linears.values()}
+        for name, linear in linears.items():
+            self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
+        try:
+            yield
+        finally:
+            del self.block, self.reads
+
+    def keep(self, linear, twin, args):
+        read = twin.smoothed(args[0])
+        self.reads[linear].append(read if linear in self.now else read.cpu())
+
+    def run(self, k, device, kwargs, name, now):
+        """Batch k through the unquantized block, the first time.  now: linears that need it at once; the others' stays in host memory."""
+        if k == self.done:
+            self.now, self.done = now, k + 1
+            self.x[k] = run_block(self.block, self.x[k].to(device), kwargs, name).cpu()
+
+    def target(self, linear, x):
+        """What a linear that reads x (B, T, C) in the quantized model should be fitted to, float32.  Once a batch, in their order."""
+        return torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)
 
 
 # ---------------------------------------------------------------------------
@@ -407,22 +468,41 @@ class Layer:
     error: float
 
 
+SEARCHED = 8  # sequences that a search for alpha looks at
+
+
 class FirstSequence:
     """The input of a linear in the first calibration sequence: (T, C)."""
 
     x = None
 
-    def add(self, x):
+    def add(self, x, target=None):
         """x (B, T, C)"""
         if self.x is None:
             self.x = x[0].clone()
 
 
-def output_error(W, x, linear):
-    """sum |W x - Q xq|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if W x is all zero."""
+class FirstSequences:
+    """The input of a linear in the first n calibration sequences: (n, T, C)."""
+
+    def __init__(self, n):
+        self.n, self.x = n, None
+
+    def add(self, x):
+        """x (B, T, C)"""
+        if self.n > 0:
+            self.x = x[: self.n].clone() if self.x is None else torch.cat((self.x, x[: self.n]))
+            self.n -= len(x)
+
+
+def output_error(W, x, linear, shift=0):
+    """sum |W x - Q xq - shift|^2 / sum |W x|^2 for x (T, C), W (R, C) and the quantized linear that replaces W; 0 if W x is all zero.
+
+    shift (R,): what was added to the bias.
+    """
     y = x.float() @ W.T
     xq = quant.fake_quant_act(x[None], linear.act_bits, linear.per_token)[0]
-    lost, whole = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (y - xq.float() @ linear.weight.float().T, y))
+    lost, whole = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (y - shift - xq.float() @ linear.weight.float().T, y))
     return (lost / whole) ** 2 if whole else 0.0
 
 
@@ -437,10 +517,18 @@ def replace_linears(block, groups, batch):
     return linears
 
 
-def smooth_block(block, groups, linears, config, recipe, absmax):
-    """Smooth every group of a block.  All scales come from the original block, before any fold; absmax: {Group: AbsMax}."""
-    weights = {group: [linears[name].weight for name in group.linears] for group in groups}
-    scales = {group: smooth_scale(absmax[group].max, weights[group], recipe.alpha, recipe.min) for group in groups}
+def smooth_block(block, groups, linears, config, recipe, absmax, samples):
+    """Smooth every group of a block.  All scales come from the original block, before any fold; absmax: {Group: AbsMax}.
+
+    samples: {Group: FirstSequences} to search alpha on, if the recipe says so.
+    """
+    scales = {}
+    for group in groups:
+        act_max, weights = absmax[group].max, [linears[name].weight for name in group.linears]
+        if recipe.smooth_search:
+            scales[group] = search_scale(samples.pop(group).x, act_max, weights, recipe, group.rows(config))
+        else:
+            scales[group] = smooth_scale(act_max, weights, recipe.alpha, recipe.min)
     for group, s in scales.items():
         producer = block.get_submodule(group.producer) if group.exact(config) else None
         fold(s, [linears[name] for name in group.linears], producer, group.rows(config))
@@ -457,46 +545,62 @@ def round_group(linears, method, stats, recipe, name):
 
 
 @torch.no_grad()
-def quantize_block(i, block, x, kwargs, config, recipe, batch, clock):
+def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=None):
     """Quantize decoder block i in place and replace its inputs x, [(B, T, D)], by its outputs: [Layer] and {name: (codes, Grid)}."""
     name, layers, codes, device = f"block {i}", [], {}, x[0].device
-    groups, method = FAMILIES[config.model_type].groups, METHODS[recipe.method]
+    groups, method = FAMILIES[config.model_type].groups, METHODS[recipe.method].fitted_to(recipe.target)
     linears = replace_linears(block, groups, batch)
     first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
     if recipe.smooth:
         with clock("smoothing"):
             absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
-            observe(block, x, kwargs, name, {first[group]: (absmax[group],) for group in groups})
-            smooth_block(block, groups, linears, config, recipe, absmax)
-    for step in [(group,) for group in groups] if recipe.true_sequential else [groups]:
-        with clock("statistics"):
-            sample = {group: FirstSequence() for group in step}
-            stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
-            observe(block, x, kwargs, name, {first[g]: (sample[g], *([stats[g]] if stats else ())) for g in step})
-        for group in step:
-            names = group.linears
-            originals = [linears[n].weight.data for n in names]
-            if method.weights:
-                with clock("solving"):
-                    rounded = round_group([linears[n] for n in names], method, stats.pop(group, None), recipe, f"{name} {'/'.join(names)}")
-                codes |= dict(zip(names, rounded, strict=True))
-            for n, W in zip(names, originals, strict=True):
-                if n in codes:
-                    linears[n].weight.data = from_int(*codes[n])
-                linears[n].settle(recipe.act_bits, recipe.act_pertoken)
-                layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n])))
+            samples = {group: FirstSequences(SEARCHED) for group in groups} if recipe.smooth_search else {}
+            observe(block, x, kwargs, name, {first[g]: (absmax[g], *([samples[g]] if samples else ())) for g in groups})
+            smooth_block(block, groups, linears, config, recipe, absmax, samples)
+    steps = [(group,) for group in groups] if recipe.true_sequential else [groups]
+    with stream.inside(block, {group.linears[0]: first[group] for group in groups}) if stream else nullcontext():
+        for step in steps:
+            with clock("statistics"):
+                sample = {group: FirstSequence() for group in step}
+                stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
+                means = {g: Means(first[g].weight.shape[1], recipe, device) for g in step if recipe.bias_correction}
+                # no name for the observers: statistics must not outlive their group
+                seen = [kind for kind in (sample, stats, means) if kind]
+                observe(block, x, kwargs, name, {first[g]: [kind[g] for kind in seen] for g in step}, stream, step is groups)
+            for group in step:
+                names = group.linears
+                originals = [linears[n].weight.data for n in names]
+                if method.weights:
+                    with clock("solving"):
+                        title = f"{name} {'/'.join(names)}"
+                        rounded = round_group([linears[n] for n in names], method, stats.pop(group, None), recipe, title)
+                    codes |= dict(zip(names, rounded, strict=True))
+                for n, W in zip(names, originals, strict=True):
+                    shift = 0
+                    if n in codes:
+                        linears[n].weight.data = from_int(*codes[n])
+                    if means and linears[n].bias is not None:
+                        shift = means[group].correction(W, linears[n].weight)
+                        linears[n].bias += shift
+                    linears[n].settle(recipe.act_bits, recipe.act_pertoken)
+                    layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n], shift)))
     with clock("propagation"):
         propagate(block, x, kwargs, name)
     return layers, codes
 
 
-def quantize_or_restore(i, block, x, kwargs, config, recipe, batch, clock, store):
+def quantize_or_restore(i, block, x, kwargs, config, recipe, batch, clock, store, stream):
     """quantize_block, but if the store has block i, what that gave when it was quantized."""
+    inputs = [*x, *stream.x] if stream else x
     if store and i < store.finished:
-        return store.restore(i, block, FAMILIES[config.model_type].groups, batch, x)
-    layers, codes = quantize_block(i, block, x, kwargs, config, recipe, batch, clock)
+        done = store.restore(i, block, FAMILIES[config.model_type].groups, batch, inputs)
+        x[:] = inputs[: len(x)]
+        if stream:
+            stream.x[:] = inputs[len(x) :]
+        return done
+    layers, codes = quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream)
     if store:
-        store.keep(i, block, layers, codes, x)
+        store.keep(i, block, layers, codes, [*x, *stream.x] if stream else x)
     return layers, codes
 
 
@@ -508,13 +612,14 @@ def quantize_blocks(model, ids, recipe, device="cpu", walk_batch=1, clock=None, 
     and gives back those that it has.  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
     clock, batch = clock or Clock(device), Batch()
-    if METHODS[recipe.method].stats is None and not recipe.smooth:
+    if METHODS[recipe.method].stats is None and not recipe.smooth and not recipe.bias_correction:
         ids = ids[:1]  # nothing to learn from the others: the first is for the errors
     with clock("capture"):
         x, kwargs = record_inputs(model, ids.split(walk_batch), device)
+    stream = Stream(x, recipe.target_mix) if recipe.target == "stream" else None
     for i, block in walk(model, device, f"quantizing ({recipe.method})"):
         # no name for it: it must not outlive its block
-        yield quantize_or_restore(i, block, x, kwargs, model.config, recipe, batch, clock, store)
+        yield quantize_or_restore(i, block, x, kwargs, model.config, recipe, batch, clock, store, stream)
 
 
 def quantize(model, ids, recipe, device, walk_batch, clock, store=None, writers=()):
@@ -544,6 +649,17 @@ def quantize(model, ids, recipe, device, walk_batch, clock, store=None, writers=
 # Command line shared by the scripts
 
 
+PRESETS = {  # defaults that take the place of the published ones; single flags override them
+    "paper": {},
+    "plus": {
+        "grid": "reformulated",
+        "clip": "hessian",
+        "actorder": True,
+        "true_sequential": True,
+        "target": "stream",
+        "bias_correction": True,
+    },
+}
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -553,10 +669,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
-    def parse_args(self, *args, **kwargs):
-        """As usual, and `changed`: the flags that differ from their defaults, {name: value}."""
-        args = super().parse_args(*args, **kwargs)
-        args.changed = {flag: value for flag, value in vars(args).items() if value != self.get_default(flag)}
+    def parse_args(self, args=None):
+        """As usual, and `changed`: the flags that differ from their defaults, {name: value}.  A --preset has defaults of its own."""
+        preset = PRESETS[getattr(super().parse_args(args), "preset", "paper")]
+        args = super().parse_args(args, argparse.Namespace(**preset))
+        args.changed = {flag: value for flag, value in vars(args).items() if value != preset.get(flag, self.get_default(flag))}
         return args
 
     def run(self, main):
@@ -608,6 +725,9 @@ def share(number):
     return value if value < 1 else int(value)
 
 
+SWITCH = argparse.BooleanOptionalAction  # a preset can switch it on, --no-... off again
+
+
 def add_args(parser, smallest_scale, corpora):
     """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family; corpora: that of --eval."""
     parser.add_argument(
@@ -616,15 +736,30 @@ def add_args(parser, smallest_scale, corpora):
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="full", help="how to quantize (default %(default)s: not at all)")
+    method.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="paper",
+        help="paper: as published (default); plus: what was found best; single flags override it",
+    )
     method.add_argument("--wbits", type=int, default=16, metavar="BITS", help="weight bits, 2 to 8; 16 = not quantized (default)")
     method.add_argument("--act_bits", type=int, default=8, metavar="BITS", help="activation bits, 4 to 8 (default 8); 16 = not quantized")
     method.add_argument("--act_quant", action="store_true", help="gptq: quantize activations too (the other methods' is implied)")
-    method.add_argument("--act_pertoken", action="store_true", help="one activation scale per token instead of per sequence")
+    method.add_argument("--act_pertoken", action=SWITCH, default=False, help="one activation scale per token instead of per sequence")
     method.add_argument("--groupsize", type=int, default=-1, metavar="COLUMNS", help="columns per weight scale; -1 = whole row (default)")
     method.add_argument("--sym", action="store_true", help="symmetric weight grid (default asymmetric)")
+    method.add_argument(
+        "--clip",
+        choices=CLIPS,
+        default="none",
+        help="shrink each weight range to what costs least: mse, by the weights' own errors; hessian, by those of outputs (default none)",
+    )
+    method.add_argument(
+        "--bias_correction", action=SWITCH, default=False, help="where there is a bias, take the mean error of the output into it"
+    )
 
     smooth = parser.add_argument_group("smoothing")
-    smooth.add_argument("--smooth", action="store_true", help="smooth activations first (implied by smoothquant)")
+    smooth.add_argument("--smooth", action=SWITCH, default=False, help="smooth activations first (implied by smoothquant)")
     smooth.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
     smooth.add_argument(
         "--min",
@@ -633,13 +768,39 @@ def add_args(parser, smallest_scale, corpora):
         help="smallest smoothing scale (default %(default)s; opt.py 0.1, main.py 0.01, as in the paper)",
     )
 
+    smooth.add_argument(
+        "--smooth_search",
+        action=SWITCH,
+        default=False,
+        help="for each group of linears the alpha near --alpha with the least output error on a sample",
+    )
+
     solver = parser.add_argument_group("solver (gptq, awrq)")
     solver.add_argument("--percdamp", type=float, default=0.01, help="damping, as a share of the mean Hessian diagonal (default 0.01)")
     solver.add_argument(
         "--blocksize", type=int, default=1, metavar="COLUMNS", help="columns rounded jointly (default 1; -1 = 1 %% of a row)"
     )
-    solver.add_argument("--actorder", action="store_true", help="round the columns with the largest inputs first; groups stay in place")
-    solver.add_argument("--true-sequential", action="store_true", help="let each group of linears see the ones before it quantized")
+    solver.add_argument(
+        "--actorder", action=SWITCH, default=False, help="round the columns with the largest inputs first; groups stay in place"
+    )
+    solver.add_argument(
+        "--true-sequential", action=SWITCH, default=False, help="let each group of linears see the ones before it quantized"
+    )
+    solver.add_argument(
+        "--grid",
+        choices=GRIDS,
+        default="weight",
+        help="find the ranges of rows in the weight, as published (default), or in its reformulation, which is what is rounded",
+    )
+    solver.add_argument(
+        "--target",
+        choices=TARGETS,
+        default="layer",
+        help="fit outputs to those of a layer's own input (default), or to the unquantized model's too, which runs beside: stream",
+    )
+    solver.add_argument(
+        "--target_mix", type=float, default=0.5, metavar="BETA", help="share of the unquantized model in the target, 0 to 1 (default 0.5)"
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--calib_data", default="c4", metavar="CORPUS", help="c4 (default), wikitext2, ptb, or a folder of --data_dir")
@@ -727,23 +888,28 @@ def make_recipe(args, context):
     method = METHODS[args.method]
     acts = args.act_quant if args.act_quant in method.acts else method.acts[0]
     smooth = args.smooth if args.smooth in method.smooth else method.smooth[0]
+    settings = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     for usable, what, flags in (
-        (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize")),
-        (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential")),
+        (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize", "clip", "bias_correction")),
+        (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
+        (method.stats or args.clip != "hessian", "compensate errors", ("clip",)),
+        (method.stats and args.target == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),
         (True in method.smooth, "smooth", ("smooth",)),
-        (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min")),
+        (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
         (True in method.acts, "quantize activations", ("act_quant",)),
         (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken")),
     ):
         for flag in flags if not usable else ():
             value = args.changed.get(flag)
             if value is not None and (flag, value) != ("act_bits", 16):  # 16 bits are what it does
-                shown = flag.replace("_", "-") if value is True and flag == "true_sequential" else flag
-                raise ValueError(f"--{shown}{'' if value is True else f' {value}'}: --method {args.method} does not {what}")
+                shown = flag.replace("true_", "true-")
+                shown = {True: f"--{shown}", False: f"--no-{shown}"}.get(value, f"--{shown} {value}")
+                raise ValueError(f"{shown}: --method {args.method} does not {what}")
+            if flag in PRESETS[args.preset]:  # what a method cannot use of a preset, it goes without
+                settings[flag] = getattr(Recipe, flag)
     if method.weights and args.wbits == 16:
         raise ValueError(f"--method {args.method} quantizes weights: give --wbits, 2 to 8")
     seqlen = min(2048, context) if args.seqlen is None else args.seqlen
     if seqlen > context:
         raise ValueError(f"--seqlen {seqlen}: the model's context is {context} tokens")
-    settings = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     return Recipe(**settings | {"act_bits": args.act_bits if acts else 16, "smooth": smooth, "seqlen": seqlen})

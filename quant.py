@@ -1,6 +1,7 @@
 """What a quantized number is: the recipe, the grid, rounding, fake-quantized activations and the linear layer that uses them."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,9 @@ from torch import nn
 
 import kernels
 from kernels import act_codes
+
+GRIDS = ("weight", "reformulated")
+TARGETS = ("layer", "stream")
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,19 @@ class Recipe:
     groupsize: int = -1  # columns that share one weight scale; -1: the whole row
     blocksize: int = 1  # columns rounded jointly; -1: one hundredth of the row
     sym: bool = False
+    grid: str = "weight"  # what row grids are found from: the weight, or its reformulation, which is then rounded from the first column on
+    clip: str = "none"  # how far the range of a grid may shrink: see CLIPS
     act_pertoken: bool = False
     smooth: bool = False
     alpha: float = 0.5
     min: float = 0.1
+    smooth_search: bool = False  # alpha is where the search starts from
     percdamp: float = 0.01
     actorder: bool = False
     true_sequential: bool = False
+    target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
+    target_mix: float = 0.5  # share of the latter
+    bias_correction: bool = False
     calib_data: str = "c4"
     nsamples: int = 128
     seqlen: int = 2048
@@ -38,6 +48,10 @@ class Recipe:
             ("act_bits", self.act_bits in (4, 5, 6, 7, 8, 16), "4 to 8, or 16 for unquantized activations"),
             ("groupsize", self.groupsize == -1 or self.groupsize > 0, "a positive number of columns, or -1 for whole rows"),
             ("blocksize", self.blocksize == -1 or self.blocksize > 0, "a positive number of columns, or -1 for one hundredth of them"),
+            ("grid", self.grid in GRIDS, " or ".join(GRIDS)),
+            ("clip", self.clip in CLIPS, ", ".join(CLIPS)),
+            ("target", self.target in TARGETS, " or ".join(TARGETS)),
+            ("target_mix", 0 <= self.target_mix <= 1, "between 0, the layer's own input, and 1, the unquantized model's"),
             ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
             ("min", 0 < self.min < float("inf"), "positive"),
             ("percdamp", 0 <= self.percdamp < float("inf"), "0 or more, for example 0.01"),
@@ -67,8 +81,21 @@ class Grid:
         return p if p.shape[1] == 1 else p.repeat_interleave(self.groupsize, 1)[:, :C]
 
 
-def find_grid(W, bits, groupsize=-1, sym=False):
-    """Min-max grid of W (R, C) per row and group; 0 is always on it, so a row of zeros stays zero.  As GPTQ's quantizer, without search."""
+CLIPS = {  # what rounding to a clipped grid costs: error (R, G, g), importance (G, g) of the columns -> (R, G, g); None: nothing is clipped
+    "none": None,
+    "mse": lambda error, importance: error.abs().pow(2.4),  # GPTQ's exponent
+    "hessian": lambda error, importance: error.square().mul_(importance),
+}
+SHARES = [1 - i / 50 for i in range(36)]  # of a range that may be left
+CHUNK = 2**22  # weights looked at together
+
+
+def find_grid(W, bits, groupsize=-1, sym=False, clip="none", importance=None):
+    """Min-max grid of W (R, C) per row and group; 0 is always on it, so a row of zeros stays zero.
+
+    clip: of CLIPS; each range then shrinks to that share of it, of SHARES, at which rounding W costs least.  importance (C,): how much an
+    error in a column counts, for "hessian" (None: all alike).
+    """
     W = W.float()
     g = W.shape[1] if groupsize == -1 else groupsize
     W = F.pad(W, (0, -W.shape[1] % g)).unflatten(1, (-1, g))  # (R, G, g): padding with 0 moves no range that includes 0
@@ -79,7 +106,24 @@ def find_grid(W, bits, groupsize=-1, sym=False):
     scale = (hi - lo) / (2**bits - 1)
     scale[scale == 0] = 1
     zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-lo / scale)
+    if CLIPS[clip]:
+        importance = W.new_ones(1) if importance is None else F.pad(importance, (0, -len(importance) % g)).view(-1, g)
+        rows = max(1, CHUNK // W[0].numel())
+        parts = zip(*(t.split(rows) for t in (W, scale, zero)), strict=True)
+        scale = torch.cat([shrink(*part, bits, partial(CLIPS[clip], importance=importance)) for part in parts])
     return Grid(scale, zero, bits, groupsize)
+
+
+def shrink(W, scale, zero, bits, cost):
+    """The scales (R, G), shares of the given, at which rounding W (R, G, g) costs least.  A share of a range has the zero of the whole."""
+    best, least = scale, torch.full_like(scale, torch.inf)
+    z = zero.unsqueeze(2)
+    for share in SHARES:
+        s = (share * scale).unsqueeze(2)
+        error = torch.round(W / s).add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(W)
+        lost = cost(error).sum(2)
+        best, least = torch.where(lost < least, share * scale, best), torch.minimum(least, lost)
+    return best
 
 
 def to_int(W, grid):
@@ -96,7 +140,7 @@ def from_int(q, grid):
 
 def rtn(W, stats, recipe, name):
     """Round to nearest, the baseline.  W (R, C) -> q (R, C) uint8, Grid.  Needs no statistics."""
-    grid = find_grid(W, recipe.wbits, recipe.groupsize, recipe.sym)
+    grid = find_grid(W, recipe.wbits, recipe.groupsize, recipe.sym, recipe.clip)
     return to_int(W, grid), grid
 
 
@@ -110,6 +154,25 @@ def fake_quant_act(x, bits, per_token=False):
         return x
     q, scale, zero = act_codes(x, bits, per_token)
     return q.sub_(zero).mul_(scale).to(x.dtype)
+
+
+class Means:
+    """What a linear's output is wrong by on average: from the means over all tokens seen of its target and of its quantized input, (C,)."""
+
+    def __init__(self, columns, recipe, device):
+        self.target, self.seen = torch.zeros(2, columns, dtype=torch.float64, device=device)
+        self.tokens, self.act_bits, self.per_token = 0, recipe.act_bits, recipe.act_pertoken
+
+    def add(self, x, target=None):
+        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x."""
+        xq = fake_quant_act(x, self.act_bits, self.per_token)
+        self.target += (x if target is None else target).flatten(0, -2).sum(0, dtype=torch.float64)
+        self.seen += xq.flatten(0, -2).sum(0, dtype=torch.float64)
+        self.tokens += xq.flatten(0, -2).shape[0]
+
+    def correction(self, W, Q):
+        """What to add to the bias when W (R, C) becomes Q: W mean(target) - Q mean(xq), (R,) float32."""
+        return ((W.double() @ self.target - Q.double() @ self.seen) / self.tokens).float()
 
 
 class Batch:

@@ -2,6 +2,10 @@
 
 import torch
 
+from quant import fake_quant_act, from_int, rtn
+
+STEPS = (0, -0.1, 0.1, -0.2, 0.2, -0.3, 0.3)  # what a search adds to alpha
+
 
 class AbsMax:
     """max |x| of every input channel over all tokens seen: (C,) float32."""
@@ -18,6 +22,29 @@ def smooth_scale(act_max, weights, alpha, minimum):
     """s = max|x|^alpha / max|w|^(1 - alpha), at least `minimum`: (C,).  weights: all (R, C) that read this input together."""
     weight_max = torch.stack([W.float().abs().amax(0) for W in weights]).amax(0).clamp(min=1e-5)  # a zero column must not give 0/0
     return (act_max**alpha / weight_max ** (1 - alpha)).clamp(min=minimum)
+
+
+def tie(s, rows):
+    """s (C,) made equal, to the largest of them, for columns that come from the same row.  rows: see fold."""
+    return s if rows is None else s.new_zeros(len(s)).scatter_reduce(0, rows.to(s.device), s, "amax")[rows.to(s.device)]
+
+
+def search_scale(x, act_max, weights, recipe, rows=None):
+    """The smooth_scale, of those with alphas around recipe.alpha, with the least output error sum |W x - Q xq|^2 of all weights.
+
+    x (B, T, C): some of the inputs.  Activations and weights, all (R, C), are rounded to nearest.
+    """
+    W = torch.cat([W.float() for W in weights])
+    y = x.float() @ W.T
+    best, least = None, torch.inf
+    for alpha in dict.fromkeys(min(max(recipe.alpha + step, 0), 1) for step in STEPS):
+        s = tie(smooth_scale(act_max, weights, alpha, recipe.min), rows)
+        xq = fake_quant_act((x / s).to(x.dtype), recipe.act_bits, recipe.act_pertoken).float()
+        Q = W * s if recipe.wbits == 16 else from_int(*rtn(W * s, None, recipe, "search"))
+        lost = torch.linalg.vector_norm(y - xq @ Q.T, dtype=torch.float64).item()
+        if lost < least:
+            best, least = s, lost
+    return best
 
 
 def fold(s, linears, producer=None, rows=None):

@@ -154,6 +154,15 @@ def graphs_and_streams(library, device):
             yield f"{tokens} tokens, graph", torch.equal(y.cpu(), kernels.w4a8_linear(data, weight))
 
 
+def every_gpu(library, device):
+    """Every GPU of the machine, whichever is the current one."""
+    weight, x = random_weight(104, 256), random_x(2, 5, 256, torch.float16)
+    wanted = kernels.w4a8_linear(x, weight)
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.device("cuda", i)
+        yield str(gpu), torch.equal(kernels.w4a8_linear(x.to(gpu), weight.to(gpu)).cpu(), wanted)
+
+
 def refusals(library, device):
     """What the kernels cannot take is a ValueError."""
     weight = random_weight(64, 128).to(device)
@@ -174,7 +183,16 @@ def refusals(library, device):
 
 
 SMALL = (a_few_configurations, largest_sums, twice_the_same, refusals)
-CHECKS = (every_configuration, every_number_of_tokens, every_layer, largest_sums, twice_the_same, graphs_and_streams, refusals)
+CHECKS = (
+    every_configuration,
+    every_number_of_tokens,
+    every_layer,
+    largest_sums,
+    twice_the_same,
+    graphs_and_streams,
+    every_gpu,
+    refusals,
+)
 
 
 def run_checks(checks, library, device):

@@ -4,16 +4,23 @@ python scripts/table.py out/opt        (any number of folders; every *.json in t
 
 Perplexities: one table per corpus, columns are models.  Tasks: one per model and metric, in percent, columns are tasks.
 
+python scripts/table.py --ablation out/ablation [--compact FILE]        (or such a FILE in place of the folder)
+
+Of scripts/ablation.sh: one table per model and text, rows are options, columns are bits, cells are mean ± half the range over seeds (their
+number), and what --preset plus gains and costs.  --compact writes the numbers and recipes of all runs to one JSON.
+
 Published values and their sources are in published.json.  Runs of different protocols are never put into one table: that is an error.
 """
 
 import argparse
 import json
+import re
+import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evalutils import DEFAULTS, SCHEMA, accuracies, average, recipe_name, table
+from evalutils import DEFAULTS, SCHEMA, accuracies, average, recipe_name, table, write_json
 from modelutils import METHODS, Parser
 
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -176,7 +183,106 @@ def tasks_table(runs, model, metric):
     return grid(f"{model}, {metric}", [*tasks, "average"], *gather(runs, numbers, rows), lines_of(used, notes))
 
 
+# ---------------------------------------------------------------------------
+# The ablation
+
+QUANTIZING = ("capture", "smoothing", "statistics", "solving", "propagation")
+
+
+def compact(run):
+    """What the ablation needs of a result."""
+    return {
+        "model": column(run),
+        "recipe": {key: value for key, value in run["recipe"].items() if value != DEFAULTS.get(key)},
+        "ppl": {corpus: round(found["ppl"], 5) for corpus, found in run["results"]["perplexity"].items()},
+        "acc": round(average(list(found.values()))[0], 5) if (found := accuracies(run["results"]["tasks"])) else None,
+        "seconds": round(sum(run["seconds"].get(activity, 0) for activity in QUANTIZING), 2),
+        "protocol": {corpus: f"{found['windows']} x {found['seqlen']}" for corpus, found in run["results"]["perplexity"].items()}
+        | {"calibration": (run["protocol"]["calibration"] or {}).get("source")},
+        "commit": run["commit"],
+    }
+
+
+def read_compact(places):
+    """Compact results of folders and of files that --compact wrote."""
+    files = [place for place in places if Path(place).is_file()]
+    runs = [run for file in files for run in json.loads(Path(file).read_text(encoding="utf-8"))["runs"]]
+    return runs + [compact(run) for run in read([place for place in places if place not in files]).values()]
+
+
+def without_bits(recipe):
+    """What a recipe is called in the ablation."""
+    return recipe_name(recipe | {"wbits": 16, "act_bits": 16}).replace(" W16A16", "")
+
+
+def spread(values, digits=3):
+    """Mean ± half the range (how many)."""
+    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f} ({len(values)})"
+
+
+def cells(runs, model, number):
+    """{row: {bits: {seed: value}}} of a model; number(run) -> value or None."""
+    found = {}
+    for run in runs:
+        recipe, value = DEFAULTS | run["recipe"], number(run)
+        if run["model"] == model and value is not None:
+            bits = f"W{recipe['wbits']}A{recipe['act_bits']}"
+            found.setdefault(without_bits(recipe), {}).setdefault(bits, {})[recipe["seed"]] = value
+    return found
+
+
+def ablation_table(title, found, digits=3):
+    columns = sorted({bits for row in found.values() for bits in row}, key=lambda bits: [-int(n) for n in re.findall(r"\d+", bits)])
+    rows = [[name, *(spread(list(row[b].values()), digits) if b in row else "–" for b in columns)] for name, row in found.items()]
+    return "\n".join([f"### {title}", "", table(["", *columns], rows)])
+
+
+def gains(found, full, rows):
+    """Lines: of the gap between the first row and the full model, the share that each other row closes, on the seeds that both have."""
+    base, *others = rows
+    for name in others:
+        for bits in found.get(name, {}):
+            seeds = found[name][bits].keys() & found.get(base, {}).get(bits, {}).keys()
+            if seeds:
+                before, after = (statistics.mean(found[row][bits][seed] for seed in seeds) for row in (base, name))
+                yield f"- {bits}: {name} closes {100 * (before - after) / (before - full):.0f} % of {before - full:.3f} that {base} loses"
+
+
+def ablation(places, file=None):
+    """Markdown of all runs of scripts/ablation.sh; file: written with what it was made from."""
+    runs = read_compact(places)
+    runs.sort(key=lambda run: (run["model"], len(run["recipe"]), json.dumps(run["recipe"], sort_keys=True)))
+    parts = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        corpora = dict.fromkeys(corpus for run in runs if run["model"] == model for corpus in run["ppl"])
+        for corpus in corpora:
+            found = cells(runs, model, lambda run, corpus=corpus: run["ppl"].get(corpus))
+            full = next(iter(found.pop("full", {}).values()), {})
+            parts.append(ablation_table(f"{model}, perplexity, {corpus}", found))
+            if full:
+                value = statistics.mean(full.values())
+                parts.append("\n".join([f"- the full model: {value:.3f}", *gains(found, value, ("awrq", "awrq, plus"))]))
+        accuracy = cells(runs, model, lambda run: run["acc"])
+        if accuracy:
+            parts.append(ablation_table(f"{model}, mean accuracy of its tasks", accuracy))
+        parts += cost(cells(runs, model, lambda run: run["seconds"] or None))
+    if file:
+        write_json(file, {"runs": runs})
+    return "\n\n".join(parts)
+
+
+def cost(seconds):
+    """A line about the time of plus against that of paper, as medians over bits and seeds."""
+    times = [[s for bits in seconds.get(name, {}).values() for s in bits.values()] for name in ("awrq", "awrq, plus")]
+    if all(times):
+        paper, plus = map(statistics.median, times)
+        yield f"- quantizing takes {paper:.1f} s as published, {plus:.1f} s with plus: {plus / paper:.2f} times"
+
+
 def main(args):
+    if args.ablation:
+        print(ablation(args.folders, args.compact))
+        return
     runs = read(args.folders)
     corpora = dict.fromkeys(corpus for run in runs.values() for corpus in run["results"]["perplexity"])
     models = dict.fromkeys(column(run) for run in runs.values() if run["results"]["tasks"])
@@ -193,6 +299,8 @@ def main(args):
 def parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", metavar="OUTDIR", nargs="+", help="folder with results, for example out/opt or out/llama")
+    parser.add_argument("--ablation", action="store_true", help="the folder is of scripts/ablation.sh: its tables")
+    parser.add_argument("--compact", metavar="FILE", help="with --ablation: write all numbers to this JSON")
     return parser
 
 

@@ -356,32 +356,3 @@ def test_bench_quantize(tmp_path, run_script):
     assert report["bare_passes"]["passes"] == 3 and report["solver"]["equal_codes"] > 0.99
     status, _, err = run_script(bench_quantize, "--shape", "llama")
     assert status == 2 and "llama: no such model" in err[0]
-
-
-GPU_STUB = """#!/usr/bin/env bash
-[[ $1 = - ]] && { cat > /dev/null; echo "80 A GPU"; exit; }
-echo "ran $*"
-[[ $2 != kernels.$FAIL ]]
-"""
-
-
-@pytest.mark.parametrize(("fail", "status"), [("nothing", 0), ("check", 1)])
-def test_gpu_check_ends_with_the_benchmark_and_a_table(fail, status, tmp_path):
-    """With a stand-in for python on a machine with a GPU."""
-    stub = tmp_path / "python"
-    stub.write_text(GPU_STUB)
-    stub.chmod(0o755)
-    env = os.environ | {
-        "PYTHON": str(stub),
-        "OUT": str(tmp_path / "check.json"),
-        "FAIL": fail,
-        "CUDA_HOME": str(tmp_path),
-        "PATH": "/usr/bin:/bin",
-    }
-    done = subprocess.run(["bash", str(ROOT / "scripts/gpu_check.sh")], env=env, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    ran = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == ["kernels.build", "kernels.check", "kernels.bench"]
-    table = done.stdout[done.stdout.index("A GPU (sm_80)") :].splitlines()[1:]
-    assert [line.split()[0] for line in table] == ["build", "check", "memcheck", "racecheck", "bench"]
-    assert ("FAILED" in table[1]) == (fail == "check") and "--output_path " + str(tmp_path / "check_bench.json") in done.stdout

@@ -16,7 +16,7 @@ from test_modelutils import PUBLISHED
 
 import opt
 from evalutils import SCHEMA
-from modelutils import METHODS
+from modelutils import METHODS, PRESETS
 
 SCRIPT = Path(opt.__file__)
 
@@ -50,6 +50,7 @@ AWRQ = ("--method", "awrq", "--wbits", "4")
 GROUPED = (*AWRQ, "--groupsize", "12")
 SMOOTH = (*AWRQ, "--smooth")
 CUT = "longer than the model's context, 64 tokens; their start is cut off"  # as are the demo's stories, for a tiny model
+STREAM = (*AWRQ, "--target", "stream")
 TASK = ("--tasks", SCRIPT.parent / "demo/tasks/world_why.yaml", "--limit", "4")
 
 
@@ -77,6 +78,13 @@ FLAGS = {
     "--blocksize": ((*AWRQ, "--blocksize", "8"), ("recipe", "blocksize", 8), AWRQ),
     "--actorder": ((*GROUPED, "--actorder"), ("recipe", "actorder", True), GROUPED),
     "--true-sequential": ((*AWRQ, "--true-sequential"), ("recipe", "true_sequential", True), AWRQ),
+    "--grid": ((*AWRQ, "--grid", "reformulated"), ("recipe", "grid", "reformulated"), AWRQ),
+    "--clip": ((*AWRQ, "--clip", "hessian"), ("recipe", "clip", "hessian"), (*AWRQ, "--clip", "mse")),
+    "--target": ((*AWRQ, "--target", "stream"), ("recipe", "target", "stream"), AWRQ),
+    "--target_mix": ((*STREAM, "--target_mix", "0.9"), ("recipe", "target_mix", 0.9), STREAM),
+    "--bias_correction": ((*AWRQ, "--bias_correction"), ("recipe", "bias_correction", True), AWRQ),
+    "--smooth_search": ((*SMOOTH, "--smooth_search"), ("recipe", "smooth_search", True), SMOOTH),
+    "--preset": ((*AWRQ, "--preset", "plus"), ("recipe", "clip", PRESETS["plus"]["clip"]), AWRQ),
     "--calib_data": ((*AWRQ, "--calib_data", "ptb"), ("protocol", "calibration", "corpus", "ptb"), AWRQ),
     "--nsamples": ((*AWRQ, "--nsamples", "5"), ("protocol", "calibration", "nsamples", 5), AWRQ),
     "--seqlen": ((*AWRQ, "--seqlen", "20"), ("protocol", "calibration", "seqlen", 20), AWRQ),
@@ -102,7 +110,10 @@ def test_every_flag_has_help_and_a_test():
     actions = [action for action in opt.parser()._actions if "--help" not in action.option_strings]
     for action in actions:
         assert action.help and len(action.help) > 10, action
-    assert {option for action in actions for option in action.option_strings} == set(FLAGS) | BY_THEMSELVES
+    assert {action.option_strings[0] for action in actions if action.option_strings} == set(FLAGS) | BY_THEMSELVES
+    switches = {option for action in actions for option in action.option_strings[1:]}
+    on = {f"--no-{flag.replace('true_', 'true-')}" for flag, value in PRESETS["plus"].items() if value is True}
+    assert on <= switches, "what a preset switches on can be switched off"
 
 
 def test_help(cli):
@@ -273,6 +284,13 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         ((*SMOOTH, "--min", "0"), ["--min 0", "positive"]),
         ((*SMOOTH, "--min", "-1"), ["--min -1", "positive"]),
         ((*AWRQ, "--percdamp", "-0.1"), ["--percdamp -0.1"]),
+        ((*AWRQ, "--clip", "some"), ["--clip", "some", "hessian"]),
+        ((*AWRQ, "--grid", "any"), ["--grid", "any", "reformulated"]),
+        ((*AWRQ, "--target", "moon"), ["--target", "moon", "stream"]),
+        ((*STREAM, "--target_mix", "1.5"), ["--target_mix 1.5", "between 0"]),
+        ((*AWRQ, "--target_mix", "0.3"), ["--target_mix 0.3", "--target stream"]),
+        ((*AWRQ, "--preset", "best"), ["--preset", "best", "plus"]),
+        (("--method", "rtn", "--wbits", "4", "--preset", "plus", "--no-actorder"), ["--no-actorder", "rtn"]),
         ((*AWRQ, "--nsamples", "0"), ["--nsamples 0"]),
         ((*AWRQ, "--seed", "-1"), ["--seed -1"]),
         (("--seqlen", "1"), ["--seqlen 1"]),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,8 @@ from modelutils import load_model, load_tokenizer, quantize_blocks
 from quant import Recipe, fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
-UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")  # a load off its alignment, an index past an array, a sum past 2^31
+# Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
+UNDEFINED = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 
 
 def draw(*shape, seed=0):
@@ -578,6 +579,27 @@ def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, set
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
     assert set(stand_in) == {"decode_fused", "128x64"}
+
+
+def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
+    """Its own stream, and its own memory, of whichever of several GPUs was current before."""
+    current = []
+
+    @contextmanager
+    def device(which):
+        current.append(which)
+        yield
+        current.pop()
+
+    def stream():
+        assert current == [x.device]
+        return SimpleNamespace(cuda_stream=0)
+
+    x, weight = activations(1, 3, 64, torch.float16), prepared(32, 64)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    assert torch.equal(kernels.w4a8_linear(x, weight), kernels.w4a8_linear(x, weight, kernel="torch"))
+    assert stand_in == ["decode_fused"] and current == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

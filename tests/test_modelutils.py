@@ -49,6 +49,12 @@ def recipes():
             yield replace(base, act_bits=5, act_pertoken=True)
         if method.stats:
             yield from (replace(base, true_sequential=True, smooth=smooth) for smooth in method.smooth)
+            smooth = True in method.smooth
+            yield replace(base, target="stream", target_mix=0.7, bias_correction=True)
+            # Activations are not rounded here: with these options together a tie of the first block changes half of the codes after it.
+            yield replace(base, target="stream", target_mix=1.0, grid="reformulated", smooth=smooth, true_sequential=True, act_bits=16)
+        elif method.weights:
+            yield replace(base, bias_correction=True)
 
 
 RECIPES = list(recipes())
@@ -62,7 +68,8 @@ BY_HAND += [(variant, recipe) for variant in VARIANTS if variant != ("opt", "pre
 
 
 def describe(recipe):
-    options = [name for name in ("smooth", "act_pertoken", "true_sequential") if getattr(recipe, name)]
+    options = [name for name in ("smooth", "act_pertoken", "true_sequential", "bias_correction") if getattr(recipe, name)]
+    options += [value for value in (recipe.target, recipe.grid) if value in ("stream", "reformulated")]
     return "-".join([recipe.method, f"W{recipe.wbits}A{recipe.act_bits}", *options])
 
 
@@ -163,21 +170,22 @@ class ByHand(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def round_by_hand(recipe, W, X, Xq, scale, zero):
-    """The codes of W (R, C); X, Xq (N, C).  A method that rounds weights needs its obvious computation here."""
+def round_by_hand(recipe, W, X, Xq, T):
+    """Codes, scale, zero of W (R, C); X, Xq, T (N, C): inputs, quantized, and those of the target.  A method that rounds weights needs its
+    obvious computation here."""
+    grid = reference.grids(W, recipe.wbits, -1)
     if recipe.method in ("rtn", "smoothquant"):
-        q = reference.codes(W, scale, zero, recipe.wbits)
-    else:
-        seen = {"gptq": X, "awrq": Xq}[recipe.method]
-        H = seen.T @ seen
-        dead = H.diagonal() == 0
-        H.diagonal()[dead] = 1
-        alive = W.masked_fill(dead, 0)
-        U = reference.inverse_factor(H, recipe.percdamp)
-        M = (X - Xq).T @ Xq if recipe.method == "awrq" else torch.zeros_like(H)
-        target = alive + alive @ M @ torch.linalg.inv(reference.damped(H, recipe.percdamp))
-        q, *_ = reference.block_loop(target, U, recipe.wbits, first=alive, grid_of=W)
-    return q
+        return reference.codes(W, *grid, recipe.wbits), *grid
+    seen = {"gptq": X, "awrq": Xq}[recipe.method]
+    H, M = seen.T @ seen, (T - seen).T @ seen
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    alive = W.masked_fill(dead, 0)
+    U = reference.inverse_factor(H, recipe.percdamp)
+    target = alive + alive @ M @ torch.linalg.inv(reference.damped(H, recipe.percdamp))
+    if recipe.grid == "reformulated":
+        return reference.block_loop(target, U, recipe.wbits)
+    return reference.block_loop(target, U, recipe.wbits, first=alive, grid_of=W)
 
 
 @torch.no_grad()
@@ -190,6 +198,7 @@ def by_hand(model, ids, recipe, codes_to_use=None):
     """
     absorb = {name: group for name, group in model.absorb.items() if not model.keeps_in_scale.issuperset(group)}
     groups, model = model.groups, deepcopy(model).double()
+    full = deepcopy(model)
     n_heads, n_kv = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
 
     def of_rows(s, rows):
@@ -198,8 +207,9 @@ def by_hand(model, ids, recipe, codes_to_use=None):
 
     codes, errors = {}, {}
 
-    def watch(block, names):
-        """{name: [what it reads in each sequence (T, C)]}"""
+    def watch(model, i, names):
+        """{name: [what it reads in each sequence (T, C)]} of block i"""
+        block = decoder_blocks(model)[i]
         seen = {name: [] for name in names}
 
         def keep(module, args, name):
@@ -214,7 +224,7 @@ def by_hand(model, ids, recipe, codes_to_use=None):
 
     for i, block in enumerate(decoder_blocks(model)):
         names = [name for group in groups for name in group]
-        seen, s = watch(block, names), {}
+        seen, aim, s = watch(model, i, names), watch(full, i, names), {}
         for group in groups:
             act = torch.stack([x.abs().amax(0) for x in seen[group[0]]]).amax(0)
             weight = torch.stack([block.get_submodule(n).weight.abs().amax(0) for n in group]).amax(0)
@@ -225,19 +235,25 @@ def by_hand(model, ids, recipe, codes_to_use=None):
                     first = h // (n_heads // n_kv) * (n_heads // n_kv)
                     heads[h] = heads[first : first + n_heads // n_kv].max(0).values
         for step in [[group] for group in groups] if recipe.true_sequential else [groups]:
-            seen, made = watch(block, names) if recipe.true_sequential else seen, {}
+            seen, made = watch(model, i, names) if recipe.true_sequential else seen, {}
             for group in step:
                 for name in group:
                     linear = block.get_submodule(name)
-                    W, X = linear.weight * s[group], [x / s[group] for x in seen[name]]
+                    W, X, T = linear.weight * s[group], [x / s[group] for x in seen[name]], [x / s[group] for x in aim[name]]
                     made[name] = ByHand(W, linear.bias, s[group], recipe)
                     Xq = [made[name].rounded(x) for x in X]
+                    mix = recipe.target_mix if recipe.target == "stream" else 0
+                    T = [mix * t + (1 - mix) * x for t, x in zip(T, X, strict=True)]
                     if METHODS[recipe.method].weights:
-                        scale, zero = reference.grids(W, recipe.wbits, -1)
-                        codes[i, name] = q = round_by_hand(recipe, W, torch.cat(X), torch.cat(Xq), scale, zero)
-                        made[name].W = reference.weight(codes_to_use[i, name][0].double() if codes_to_use else q, scale, zero)
+                        codes[i, name], scale, zero = round_by_hand(recipe, W, *map(torch.cat, (X, Xq, T)))
+                        q = codes_to_use[i, name][0].double() if codes_to_use else codes[i, name]
+                        made[name].W = reference.weight(q, scale, zero)
+                    shift = 0
+                    if recipe.bias_correction and linear.bias is not None:
+                        shift = torch.cat(T).mean(0) @ W.T - torch.cat(Xq).mean(0) @ made[name].W.T
+                        made[name].bias = nn.Parameter(linear.bias + shift)
                     out = of_rows(s[absorb[name]], len(W)) if name in absorb else 1
-                    y, yq = X[0] @ W.T / out, Xq[0] @ made[name].W.T / out
+                    y, yq = X[0] @ W.T / out, (Xq[0] @ made[name].W.T + shift) / out
                     errors[i, name] = ((y - yq).square().sum() / y.square().sum()).item()
             for name, linear in made.items():
                 path, _, attribute = name.rpartition(".")
@@ -391,7 +407,7 @@ def test_only_what_can_teach_something_is_run(monkeypatch, recipe):
     record = modelutils.record_inputs
     monkeypatch.setattr(modelutils, "record_inputs", lambda m, batches, d: n.append(sum(map(len, batches))) or record(m, batches, d))
     run(tiny_model(), recipe)
-    assert n == [5 if METHODS[recipe.method].stats or recipe.smooth else 1]
+    assert n == [5 if METHODS[recipe.method].stats or recipe.smooth or recipe.bias_correction else 1]
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
@@ -900,11 +916,14 @@ def refusals():
     for name, row in METHODS.items():
         start = f"--method {name}" + " --wbits 4" * bool(row.weights)
         if not row.weights:
-            yield from ((f"{start} {flag}", flag) for flag in ("--wbits 4", "--groupsize 64", "--sym", "--blocksize 8"))
+            flags = ("--wbits 4", "--groupsize 64", "--sym", "--blocksize 8", "--clip mse", "--bias_correction")
+            yield from ((f"{start} {flag}", flag) for flag in flags)
         if not row.stats:
-            yield from ((f"{start} {flag}", flag) for flag in ("--percdamp 0.1", "--actorder", "--true-sequential"))
+            flags = ("--percdamp 0.1", "--actorder", "--true-sequential", "--grid reformulated", "--target stream", "--clip hessian")
+            yield from ((f"{start} {flag}", flag) for flag in flags)
+        yield f"{start} --target_mix 0.3", "--target_mix 0.3"  # without --target stream, if it can be
         if not row.smooth[0]:  # unless it is asked for, if it can be
-            yield from ((f"{start} {flag}", flag) for flag in ("--alpha 0.3", "--min 0.2"))
+            yield from ((f"{start} {flag}", flag) for flag in ("--alpha 0.3", "--min 0.2", "--smooth_search"))
         if not row.acts[0]:
             yield from ((f"{start} {flag}", flag) for flag in ("--act_bits 6", "--act_pertoken"))
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 import main
 import opt
 from evalutils import SCHEMA, report
-from modelutils import METHODS, Clock, Layer, make_recipe
+from modelutils import METHODS, PRESETS, Clock, Layer, make_recipe
 from quant import Recipe
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -51,7 +52,7 @@ def sweep(tmp_path):
     """Call it to run a copy of a script, from a folder that is not the repository's: its result, and the arguments of every `python`."""
     scripts = tmp_path / "my repo" / "scripts"
     scripts.mkdir(parents=True)
-    for name in ("cells.sh", "opt.sh", "llama.sh"):
+    for name in ("cells.sh", "opt.sh", "llama.sh", "ablation.sh"):
         shutil.copy(SCRIPTS / name, scripts / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
@@ -113,6 +114,61 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
         assert args.tasks == "piqa,arc_easy,arc_challenge,boolq,copa,storycloze" and args.eval == ""
         assert args.data_dir == "my data" and args.batch_size == "auto"
     assert {path.stem for path in (out / "Llama-2-70b-hf").iterdir()} == LLAMA_CELLS
+
+
+@pytest.fixture
+def ablation(sweep, tmp_path):
+    """Call it to run ablation.sh with a text of a hundred lines."""
+    world = tmp_path / "my repo/demo/data/world"
+    world.mkdir(parents=True)
+    for split, lines in (("train", 60), ("test", 40)):
+        (world / f"{split}.txt").write_text("".join(f"{split} {i}\n" for i in range(lines)))
+    (tmp_path / "stories.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    return partial(sweep, script="ablation.sh", TEXT=str(tmp_path / "stories.txt"), OUT=str(tmp_path / "out"))
+
+
+def test_every_cell_of_the_ablation_is_a_command_that_its_script_takes(ablation, tmp_path):
+    done, calls = ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w4a16")
+    assert done.returncode == 0, done.stderr
+    assert ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w4a16")[1] == [], "all are finished"
+    recipes = {}
+    for script, *argv in calls:
+        args = {"opt.py": opt, "main.py": main}[Path(script).name].parser().parse_args(argv)
+        cell, recipe = Path(args.output_path).stem, make_recipe(args, context=512)
+        assert args.eval == "choose,report" and recipe.calib_data == "choose" and recipe.nsamples == 64
+        if cell == "full":
+            continue
+        bits, _, name = cell.partition("-")
+        name, _, seed = name.rpartition("-")
+        assert (f"w{recipe.wbits}a{recipe.act_bits}", recipe.seed) == (bits, int(seed))
+        recipes[Path(args.model).name, cell] = recipe
+    names = {cell.split("-", 1)[1].rpartition("-")[0] for _, cell in recipes}
+    assert len(recipes) == 2 * 2 * 2 * len(names) and {"paper", "plus", "clip-mse", "stream"} < names
+    plain = recipes["stories", "w4a8-paper-0"]
+    assert plain == Recipe("awrq", 4, 8, min=0.01, calib_data="choose", nsamples=64, seqlen=512)
+    assert {key: getattr(recipes["stories", "w4a8-plus-0"], key) for key in PRESETS["plus"]} == PRESETS["plus"]
+
+
+def test_the_ablation_reports_on_text_that_it_did_not_choose_by(ablation, tmp_path):
+    ablation(MODELS="m", SEEDS="0", BITS="w4a8", CELLS="paper")
+    for name, lines in (("stories", 100), ("world", 100)):
+        folder = tmp_path / "out/ablation-text" / name
+        parts = [(folder / part).read_text().splitlines() for part in ("choose/train.txt", "choose/test.txt", "report/test.txt")]
+        assert sum(map(len, parts)) == lines == len(set().union(*parts)) and min(map(len, parts)) >= 8
+
+
+def test_the_table_of_the_ablation(results, tmp_path, capsys):
+    plus = {"method": "awrq", "wbits": 3, "act_bits": 8, **PRESETS["plus"]}
+    for seed, published, ours in ((0, 8.0, 6.0), (1, 8.2, 6.4)):
+        results(f"m/w3a8-paper-{seed}.json", "/a/m", {"report": published}, method="awrq", wbits=3, act_bits=8, seed=seed)
+        results(f"m/w3a8-plus-{seed}.json", "/a/m", {"report": ours}, seed=seed, **plus)
+    results("m/full.json", "/a/m", {"report": 5.0}, method="full")
+    file = tmp_path / "compact.json"
+    first = table.ablation([tmp_path / "opt"], file)
+    assert table.ablation([file]) == first and "/a/m" not in file.read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if line.startswith("| ")]
+    assert rows == [["", "W3A8"], ["awrq", "8.100 ± 0.100 (2)"], ["awrq, plus", "6.200 ± 0.200 (2)"]]
+    assert "- the full model: 5.000" in first and "- W3A8: awrq, plus closes 61 % of 3.100 that awrq loses" in first
 
 
 def test_llama_skips_finished_cells_and_names_failed_ones(sweep):

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Every option beyond the paper, alone and added up: one JSON per cell, out/ablation/MODEL/WwAa-OPTIONS-SEED.json.  Finished cells are skipped.
+#
+#   bash scripts/ablation.sh                                     everything: hours on a CPU; further flags go to each run
+#   SEEDS=0 BITS=w3a8 CELLS="paper plus" bash scripts/ablation.sh    a part of it
+#   python scripts/table.py --ablation out/ablation              the table, and what the options cost
+#
+# Each run is evaluated on two texts.  `choose` is what --preset plus was chosen by, `report` is what its numbers are reported on; calibration
+# windows, 64 of them, come from a third.  MODELS are demo models and folders; TEXT is the text of the latter, by default of TinyStories.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
+table=ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
+SEEDS=${SEEDS:-0 1 2 3 4}
+BITS=${BITS:-w4a8 w3a8 w4a6 w4a16}
+shared=$(dirname "$root")/shared/data
+MODELS=${MODELS:-$shared/models/stories260k $root/demo/opt $root/demo/llama}
+MODEL_PREFIX=${MODEL_PREFIX-}
+TEXT=${TEXT:-$shared/tinystories/train.txt}
+
+options="
+paper
+grid             --grid reformulated
+clip-mse         --clip mse
+clip-hessian     --clip hessian
+actorder         --actorder
+true-sequential  --true-sequential
+stream           --target stream
+stream-only      --target stream --target_mix 1
+bias             --bias_correction
+smooth           --smooth
+smooth-search    --smooth --smooth_search
+pertoken         --act_pertoken
+sum-2            --clip hessian --grid reformulated
+sum-3            --clip hessian --grid reformulated --actorder
+sum-4            --clip hessian --grid reformulated --actorder --target stream
+sum-5            --clip hessian --grid reformulated --actorder --target stream --true-sequential
+plus             --preset plus
+plus-mse         --preset plus --clip mse
+plus-only        --preset plus --target_mix 1
+plus-pertoken    --preset plus --act_pertoken
+plus-smooth      --preset plus --smooth --no-smooth_search
+plus-search      --preset plus --smooth --smooth_search
+"
+CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
+
+# texts FOLDER FILE LAST: the file's lines up to LAST for calibration, then half of the rest to choose by and half to report
+texts() {
+    local lines
+    lines=$(wc -l < "$2")
+    mkdir -p "$1/choose" "$1/report"
+    awk -v n="$3" 'NR <= n' "$2" > "$1/choose/train.txt"
+    awk -v a="$3" -v b=$((($3 + lines) / 2)) 'NR > a && NR <= b' "$2" > "$1/choose/test.txt"
+    awk -v b=$((($3 + lines) / 2)) 'NR > b' "$2" > "$1/report/test.txt"
+}
+
+data=$results/ablation-text
+texts "$data/stories" "$TEXT" $(($(wc -l < "$TEXT") * 84 / 100)) # leaves twice 64 windows of 512 tokens of TinyStories
+cat "$root/demo/data/world/train.txt" "$root/demo/data/world/test.txt" > "$data/world.txt"
+texts "$data/world" "$data/world.txt" "$(wc -l < "$root/demo/data/world/train.txt")"
+
+# Sets what a run on $model needs: the script, its text, the tasks it can be asked.
+about_model() {
+    case $model in
+        "$root/demo/opt") script=opt.py text=world seqlen=256 tasks='' ;;
+        "$root/demo/llama") script=main.py text=world seqlen=256 tasks="--tasks $worlds --limit 100 --batch_size 16 --table_results" ;;
+        *) script=main.py text=stories seqlen=512 tasks='' ;;
+    esac
+    given="--data_dir $data/$text --seqlen $seqlen $tasks"
+}
+worlds=$root/demo/tasks/world_deed.yaml,$root/demo/tasks/world_why.yaml
+
+for model in $MODELS; do
+    about_model
+    cell full $given --method full
+done
+for seed in $SEEDS; do
+    for bits in $BITS; do
+        w=${bits#w} a=${bits#*a}
+        for model in $MODELS; do
+            about_model
+            while read -r name flags_of; do
+                if [[ " ${CELLS//$'\n'/ } " == *" $name "* && -n $name ]]; then
+                    cell "$bits-$name-$seed" $given --wbits "${w%a*}" --act_bits "$a" --seed "$seed" $flags_of
+                fi
+            done <<< "$options"
+        done
+    done
+done
+
+finish

@@ -1,0 +1,303 @@
+"""Options beyond the paper: each equals the slow obvious computation on a small layer or model, and off it changes nothing."""
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import reference
+import torch
+from conftest import tiny_model, token_ids
+from test_awrq import quantize
+
+import modelutils
+import opt
+from checkpoint import Store
+from evalutils import recipe_name
+from modelutils import METHODS, PRESETS, decoder_blocks, make_recipe, quantize_blocks
+from quant import Means, Recipe, fake_quant_act, find_grid, from_int, rtn
+from smoothquant import STEPS, search_scale, smooth_scale
+
+IDS = token_ids(4, 32)
+PLUS = PRESETS["plus"]
+
+
+def run(model, recipe, ids=IDS, **options):
+    """{(block, name): codes}"""
+    return {(i, n): q for i, (_, codes) in enumerate(quantize_blocks(model, ids, recipe, **options)) for n, (q, _) in codes.items()}
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+# ---------------------------------------------------------------------------
+# Grids
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize(("groupsize", "C"), [(-1, 24), (8, 24), (7, 24), (64, 24)])
+@pytest.mark.parametrize("clip", ["mse", "hessian"])
+def test_a_clipped_grid_costs_least(clip, groupsize, C, sym):
+    W, _ = reference.layer(7, C)
+    W[3], W[4] = 0, W[4].abs()
+    importance = torch.rand(C, generator=torch.Generator().manual_seed(0)) + 0.1
+    found = find_grid(W, 3, groupsize, sym, clip, importance)
+    scale, zero = (found.columns(p, C).expand(7, C) for p in (found.scale, found.zero))
+    g = C if groupsize == -1 else groupsize
+    for r, row in enumerate(W.double()):
+        for i in range(0, C, g):
+            part = slice(i, i + g)
+            cost = reference.power if clip == "mse" else reference.weighted(importance[part].double())
+            expected = reference.clipped(row[part], 3, sym, cost)
+            assert (scale[r, i].item(), zero[r, i].item()) == pytest.approx(expected, rel=1e-5), f"{r=} {i=}"
+    assert (
+        (scale < find_grid(W, 3, groupsize, sym).columns(found.scale, C)).any()
+        or groupsize == 7
+        or (found.scale < find_grid(W, 3, groupsize, sym).scale).any()
+    )
+
+
+def test_rounding_to_nearest_clips_too():
+    W, _ = reference.layer(8, 64)
+    recipe = Recipe(method="rtn", wbits=3, clip="mse")
+    q, grid = rtn(W, None, recipe, "layer")
+    plain = from_int(*rtn(W, None, Recipe(method="rtn", wbits=3), "layer"))
+    assert reference.power(from_int(q, grid) - W) < 0.9 * reference.power(plain - W)
+
+
+def test_many_rows_are_clipped_in_parts(monkeypatch):
+    W, _ = reference.layer(33, 24)
+    whole = find_grid(W, 3, 7, clip="mse")
+    monkeypatch.setattr("quant.CHUNK", 100)
+    assert torch.equal(find_grid(W, 3, 7, clip="mse").scale, whole.scale)
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
+@pytest.mark.parametrize("groupsize", [-1, 20])
+@pytest.mark.parametrize("actorder", [False, True])
+@pytest.mark.parametrize("method", ["gptq", "awrq"])
+def test_the_grid_of_the_reformulated_weight_step_by_step(method, actorder, groupsize, clip):
+    """Grids found from W*, which is rounded from its first column on; groups without act-order as the loop reaches them."""
+    W, X = reference.layer(12, 48, dead=3)
+    recipe = {"wbits": 3, "act_bits": 5, "grid": "reformulated", "clip": clip, "actorder": actorder, "groupsize": groupsize}
+    q, grid = quantize(W, X, method, **recipe)
+
+    x = X.flatten(0, 1).double()
+    seen = fake_quant_act(X, 5).flatten(0, 1).double() if method == "awrq" else x
+    H, M, alive = seen.T @ seen, (x - seen).T @ seen, W.double()
+    alive[:, :3], H.diagonal()[:3] = 0, 1
+    inverse = torch.linalg.inv(reference.damped(H, 0.01))
+    star, importance = alive + alive @ M @ inverse, 1 / inverse.diagonal()
+    costs = {"none": None, "mse": lambda i, j: reference.power, "hessian": lambda i, j: reference.weighted(importance[i:j])}
+    if actorder:
+        *_, scale, zero = reference.block_loop(star, torch.eye(48).double(), 3, groupsize, cost=costs[clip])  # no error is passed on
+        order = H.diagonal().argsort(descending=True, stable=True)
+        U = reference.inverse_factor(H[order][:, order], 0.01)
+        expected = torch.empty_like(q)
+        expected[:, order] = reference.column_loop(star[:, order], U, scale[:, order], zero[:, order], 3)
+    else:
+        U = reference.inverse_factor(H, 0.01)
+        expected, scale, zero = reference.block_loop(star, U, 3, groupsize, cost=costs[clip])
+    same = (q == expected).double().mean().item()
+    assert same >= 0.99, f"{same:.2%} of the codes are equal"
+    close = ((grid.columns(grid.scale, 48).expand_as(W) - scale).abs() < 0.001 * scale).double().mean().item()
+    assert close >= 0.98, f"{close:.2%} of the scales are equal"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awrq"])
+def test_at_three_bits_it_pays(method):
+    W, X = reference.layer(64, 96)
+    x, xq = X.flatten(0, 1), fake_quant_act(X, 8).flatten(0, 1)
+    paper, ours, weighed = (
+        reference.output_error(W, x, from_int(*quantize(W, X, method, wbits=3, **settings)), xq)
+        for settings in ({}, {"grid": "reformulated", "clip": "mse"}, {"grid": "reformulated", "clip": "hessian"})
+    )
+    assert ours < 0.95 * paper and weighed < 0.95 * paper
+
+
+@pytest.mark.parametrize("clip", ["mse", "hessian"])
+@pytest.mark.filterwarnings("ignore:awrq. all")
+def test_without_any_input_a_clipped_grid_is_that_of_rounding_to_nearest(clip):
+    W, X = reference.layer(8, 32)
+    q, grid = quantize(W, torch.zeros_like(X), "awrq", clip=clip)
+    expected, nearest = rtn(W, None, Recipe(method="rtn", wbits=4, clip=clip), "layer")
+    assert torch.equal(q, expected) and torch.equal(grid.scale, nearest.scale)
+
+
+# ---------------------------------------------------------------------------
+# Targets: against the method done by hand in test_modelutils.py, and here:
+
+
+@pytest.mark.parametrize("method", ["gptq", "awrq"])
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_nothing_of_the_stream_is_the_layers_own_target(method, true_sequential):
+    settings = {"method": method, "wbits": 4, "act_bits": 8, "smooth": True, "true_sequential": true_sequential}
+    if method == "gptq":
+        settings["act_bits"] = 16
+    codes = [
+        run(tiny_model(), Recipe(**settings, **target)) for target in ({}, {"target": "stream", "target_mix": 0}, {"target": "stream"})
+    ]
+    assert all(torch.equal(q, codes[1][key]) for key, q in codes[0].items())
+    assert any(not torch.equal(q, codes[2][key]) for key, q in codes[0].items())
+
+
+def test_the_stream_pays():
+    """What the model computes on its calibration text is closer to the unquantized model's."""
+    full, lost = logits(tiny_model(), ids := token_ids(32, 48)), []
+    for target in ("layer", "stream"):
+        model = tiny_model()
+        run(model, Recipe(method="awrq", wbits=4, act_bits=8, true_sequential=True, target=target), ids, walk_batch=4)
+        lost.append((logits(model, ids) - full).norm().item())
+    assert lost[1] < 0.95 * lost[0]
+
+
+@pytest.mark.parametrize("walk_batch", [1, 3])
+def test_the_stream_is_the_unquantized_model(monkeypatch, model, walk_batch):
+    """Beside smoothed, partly quantized blocks it goes on with what the original computes, and is kept in host memory."""
+    streams, Stream = [], modelutils.Stream
+    monkeypatch.setattr(modelutils, "Stream", lambda *args: streams.append(Stream(*args)) or streams[0])
+    expected = []
+    for block in decoder_blocks(original := deepcopy(model)):
+        block.register_forward_hook(lambda block, args, out: expected.append(out if torch.is_tensor(out) else out[0]))
+    logits(original)
+    recipe = Recipe(method="awrq", wbits=3, act_bits=8, smooth=True, true_sequential=True, target="stream")
+    for i, _ in enumerate(quantize_blocks(model, IDS, recipe, walk_batch=walk_batch)):
+        torch.testing.assert_close(torch.cat(streams[0].x), expected[i], rtol=1e-3, atol=1e-3)
+        assert all(h.device.type == "cpu" for h in streams[0].x) and not hasattr(streams[0], "block")
+
+
+def test_true_sequence_and_smoothing_change_no_function_before_rounding(monkeypatch, model):
+    before = logits(model)
+    monkeypatch.setattr(modelutils, "round_group", lambda linears, *_: [(linear.weight.data, None) for linear in linears])
+    monkeypatch.setattr(modelutils, "from_int", lambda W, _: W)
+    recipe = Recipe(method="awrq", wbits=4, act_bits=16, smooth=True, true_sequential=True, target="stream", bias_correction=True)
+    errors = [layer.error for layers, _ in quantize_blocks(model, IDS, recipe) for layer in layers]
+    assert max(errors) < 1e-6
+    assert (logits(model) - before).norm() < 1e-4 * before.norm()
+
+
+def test_a_run_with_a_stream_goes_on_where_it_was_killed(tmp_path):
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, target="stream")
+    whole = run(tiny_model(), recipe)
+    model = tiny_model()
+    killed = quantize_blocks(model, IDS, recipe, store=Store(tmp_path, model, IDS, recipe))
+    next(killed)
+    killed.close()
+    model = tiny_model()
+    again = run(model, recipe, store=Store(tmp_path, model, IDS, recipe))
+    assert whole.keys() == again.keys() and all(torch.equal(q, again[key]) for key, q in whole.items())
+
+
+# ---------------------------------------------------------------------------
+# Biases
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_corrected_bias_leaves_no_error_on_average(per_token):
+    W, X = reference.layer(6, 16)
+    target = X + 0.3 * torch.randn(X.shape, generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(method="rtn", wbits=3, act_bits=5, act_pertoken=per_token)
+    means, Q = Means(16, recipe, "cpu"), from_int(*rtn(W, None, recipe, "layer"))
+    for x, t in zip(X.split(3), target.split(3), strict=True):
+        means.add(x, t)
+    xq = fake_quant_act(X, 5, per_token)
+    lost = (target.double() @ W.double().T - xq.double() @ Q.double().T).flatten(0, 1).mean(0)
+    torch.testing.assert_close(means.correction(W, Q).double(), lost, rtol=1e-4, atol=1e-6)
+    assert lost.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.weights])
+def test_a_corrected_model_is_right_on_average(method):
+    """The first linears of the first block, whose inputs no rounding has changed; a model without biases is left as it is."""
+    recipe = Recipe(method=method, wbits=3, act_bits=8, smooth=METHODS[method].smooth[0], bias_correction=True)
+    model, read = tiny_model(), []
+    original = deepcopy(model)
+    run(model, recipe)
+    for m in (original, model):
+        attention = decoder_blocks(m)[0].self_attn
+        for linear in (attention.q_proj, attention.k_proj):
+            linear.register_forward_hook(lambda linear, args, out: read.append(out.flatten(0, -2).mean(0)))
+        logits(m)
+    torch.testing.assert_close(read[:2], read[2:], rtol=1e-3, atol=1e-4)
+    bare = tiny_model("llama", "plain")
+    run(bare, recipe)
+    assert all(linear.bias is None for linear in bare.modules() if hasattr(linear, "in_scale"))
+
+
+# ---------------------------------------------------------------------------
+# Smoothing
+
+
+@pytest.mark.parametrize("rows", [None, torch.arange(8).view(4, 1, 2).expand(-1, 2, -1).flatten()], ids=["own rows", "shared rows"])
+@pytest.mark.parametrize(("alpha", "wbits", "act_bits"), [(0.5, 3, 8), (0.5, 4, 5), (0.9, 16, 5), (0.1, 4, 16)])
+def test_the_search_finds_the_least_output_error(alpha, wbits, act_bits, rows):
+    W, X = reference.layer(10, 16, outliers=2)
+    weights, act_max = W.split((4, 6)), X.abs().amax((0, 1))
+    recipe = Recipe(method="awrq", wbits=wbits, act_bits=act_bits, smooth=True, alpha=alpha, smooth_search=True)
+    lost = {}
+    for step in STEPS:
+        s = smooth_scale(act_max, weights, min(max(alpha + step, 0), 1), recipe.min)
+        if rows is not None:
+            s = torch.stack([max(s[c] for c in range(16) if rows[c] == row) for row in rows])
+        xq = reference.fake_quant_act(X / s, act_bits).flatten(0, 1) if act_bits < 16 else (X / s).flatten(0, 1).double()
+        Q = (W * s).double()
+        if wbits < 16:
+            scale, zero = reference.grids(W * s, wbits, -1)
+            Q = reference.weight(reference.codes(Q, scale, zero, wbits), scale, zero)
+        lost[tuple(s.tolist())] = reference.output_error(W, X.flatten(0, 1), Q, xq)
+    found = search_scale(X, act_max, weights, recipe, rows)
+    near = min(lost, key=lambda s: (found - torch.tensor(s)).abs().max().item())
+    torch.testing.assert_close(found, torch.tensor(near))
+    assert lost[near] <= 1.001 * min(lost.values()) < max(lost.values())
+
+
+def test_a_searched_model_is_the_same_function(model):
+    before = logits(model)
+    layers = [
+        layer for done, _ in quantize_blocks(model, IDS, Recipe(method="act_only", smooth=True, smooth_search=True)) for layer in done
+    ]
+    assert all(layer.error < 1e-9 for layer in layers)
+    assert (logits(model) - before).norm() < 1e-4 * before.norm()
+
+
+# ---------------------------------------------------------------------------
+# Presets
+
+
+def recipe_of(line):
+    return make_recipe(opt.parser().parse_args(["MODEL", *line.split()]), 2048)
+
+
+def test_paper_is_the_default():
+    for line in ("--method awrq --wbits 4", "--method smoothquant --wbits 4", "--method act_only"):
+        assert recipe_of(f"{line} --preset paper") == recipe_of(line)
+    assert PRESETS["paper"] == {}
+
+
+def test_a_preset_sets_what_a_single_option_overrides():
+    recipe = recipe_of("--method awrq --wbits 4 --preset plus")
+    assert {key: getattr(recipe, key) for key in PLUS} == PLUS
+    assert recipe_name(vars(recipe)) in ("awrq W4A8, plus", "awrq W4A8 + smoothing, plus")
+    changed = recipe_of("--method awrq --wbits 4 --preset plus --clip none --no-actorder")
+    assert (changed.clip, changed.actorder) == ("none", False)
+    assert {key: getattr(changed, key) for key in PLUS.keys() - {"clip", "actorder"}} == {
+        key: PLUS[key] for key in PLUS.keys() - {"clip", "actorder"}
+    }
+    assert recipe_of("--method awrq --wbits 4") == Recipe(method="awrq", wbits=4, act_bits=8), "a preset of one run is no other's"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
+    bits = " --wbits 3" if METHODS[method].weights else ""
+    plain, recipe = recipe_of(f"--method {method}{bits}"), recipe_of(f"--method {method}{bits} --preset plus")
+    assert (recipe != plain) == bool(METHODS[method].weights)
+    if not METHODS[method].stats:
+        assert not recipe.actorder and recipe.grid == "weight" and recipe.target == "layer" and recipe.clip != "hessian"
+
+
+def test_plus_runs_on_every_model(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codes = run(model, Recipe(method="awrq", wbits=4, act_bits=8, **PLUS), walk_batch=2)
+    assert len(codes) == sum(map(len, model.groups)) * 2 and logits(model).isfinite().all()
