@@ -40,6 +40,7 @@ class Moments(gptq.Hessian):
 
         The difference of the target to them is rounded to float16, which changes M by a thousandth of itself at most.
         """
+        self.sequences += len(x)
         codes, scale, zero = act_codes(x, self.act_bits)
         for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
             gptq.add_product(self.H, q.half(), q.half(), s * s)

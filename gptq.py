@@ -16,8 +16,6 @@ from quant import find_grid, rtn
 
 SPAN = 128  # columns rounded on one CPU thread before the others are woken for a large matrix product
 LEAF = 16  # columns that are compensated one after the other, each for all before it: smaller products cost more to start than to compute
-
-
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -34,13 +32,14 @@ def add_product(total, a, b, factor=None):
 
 
 class Hessian:
-    """H = sum of x^T x over all tokens seen, (C, C) float32.  Its scale cancels everywhere, so it is a sum and not a mean."""
+    """H = sum of x^T x over all tokens seen, (C, C) float32.  Published: the mean over sequences, which differs for dead columns only."""
 
     def __init__(self, columns, recipe, device):
-        self.H = torch.zeros(columns, columns, device=device)
+        self.H, self.sequences = torch.zeros(columns, columns, device=device), 0
 
     def add(self, x):
         """x (B, T, C)"""
+        self.sequences += len(x)
         x = x.flatten(0, -2)
         add_product(self.H, x, x)
 
@@ -180,7 +179,7 @@ def quantize(W, stats, recipe, name, target=None):
     alive = W.masked_fill(dead, 0)
     seen = W if recipe.groupsize == -1 else alive  # as published: the grid of a row sees its dead columns, that of a group does not
     W, order, back = alive, None, slice(None)
-    diagonal[dead] = 1
+    diagonal[dead] = stats.sequences  # 1 in the mean
     if recipe.actorder:
         order = diagonal.argsort(descending=True, stable=True)
         back = order.argsort()

@@ -180,7 +180,7 @@ def test_quantize_step_by_step(actorder, dead, groupsize, blocksize):
     q, grid = quantize(W, X, wbits=3, groupsize=groupsize, actorder=actorder, blocksize=1 if actorder else blocksize)
 
     x = X.flatten(0, 1).double()
-    H, alive = x.T @ x, W.double()
+    H, alive = x.T @ x / len(X), W.double()  # the mean over sequences
     alive[:, :dead] = 0
     H.diagonal()[:dead] = 1
     seen = alive if groupsize > 0 else W.double()  # the grid of a whole row sees its dead columns
