@@ -120,7 +120,7 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
     C = W.shape[1]
     g = C if grid.groupsize == -1 else grid.groupsize
     blocksize = min(g, max(1, C // 100) if blocksize == -1 else blocksize)
-    w = W.T.contiguous()  # (C, R): a column of W is contiguous, and holds its error E once it is rounded
+    w = W.T.clone(memory_format=torch.contiguous_format)  # (C, R): a column of W is contiguous, and holds its error E once it is rounded
     first = w if first is None else first.T
     scale, zero = (grid.columns(p, C).T.contiguous().expand(C, -1) for p in (grid.scale, grid.zero))
     if order is not None:
