@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 import gptq
+from kernels import act_codes
 from quant import fake_quant_act
 
 
@@ -25,10 +26,24 @@ class Moments(gptq.Hessian):
 
     def add(self, x, target=None):
         """x (B, T, C); target, of its shape: what W is applied to in what the layer should give, if not x."""
-        xq = fake_quant_act(x, self.act_bits, self.per_token)
-        super().add(xq)
-        # The difference before the product: the difference of two products would cancel.
-        self.M.addmm_(((x if target is None else target).float() - xq.float()).flatten(0, -2).T, xq.flatten(0, -2).float())
+        target = x if target is None else target
+        if x.is_cuda and self.act_bits <= 8 and not self.per_token:
+            self.add_codes(x, target)
+        else:
+            xq = fake_quant_act(x, self.act_bits, self.per_token)
+            super().add(xq)
+            # The difference before the product: the difference of two products would cancel.
+            gptq.add_product(self.M, (target.float() - xq.float()).flatten(0, -2), xq.flatten(0, -2).float())
+
+    def add_codes(self, x, target):
+        """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.
+
+        The difference of the target to them is rounded to float16, which changes M by a thousandth of itself at most.
+        """
+        codes, scale, zero = act_codes(x, self.act_bits)
+        for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
+            gptq.add_product(self.H, q.half(), q.half(), s * s)
+            gptq.add_product(self.M, (t / s - q).half(), q.half(), s * s)
 
     def permute(self, order):
         super().permute(order)

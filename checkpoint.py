@@ -12,11 +12,13 @@ with R rows, C columns and G groups of columns a shard has
 and of everything else its tensor, under its name in the model.  The index says which shard a tensor is in, and its sha256.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -51,6 +53,7 @@ from quant import Batch, Grid, IntLinear, Recipe, from_int
 
 FORMAT = 1  # of our folders; a newer one is refused
 PACKED = (3, 4)  # widths whose codes share bytes
+GENERATION = "generation_config.json"
 
 # ---------------------------------------------------------------------------
 # Codes
@@ -87,18 +90,19 @@ def sha256(tensor):
 
 def write_shard(path, tensors):
     """Write {name: tensor} to a safetensors file, whole or not at all: {name: sha256}.  Raises OSError, for example if the disk is full."""
-    partial = f"{path}.partial"
+    partial = Path(f"{path}.partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with open(partial, "wb") as f:
-        mode = os.fstat(f.fileno()).st_mode
     try:
+        with open(partial, "wb") as f:
+            mode = os.fstat(f.fileno()).st_mode
         save_file(tensors, partial, metadata={"format": "pt"})
-    except SafetensorError as e:
+        with open(partial, "rb") as f:
+            os.fchmod(f.fileno(), mode)  # save_file lets nobody else read it
+            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as e:
+        partial.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({e})") from e
-    with open(partial, "rb") as f:
-        os.fchmod(f.fileno(), mode)  # save_file lets nobody else read it
-        os.fsync(f.fileno())  # a crash must not leave the name without the bytes
-    os.replace(partial, path)
     return {name: sha256(tensor) for name, tensor in tensors.items()}
 
 
@@ -120,12 +124,32 @@ def read_shard(path, sums):
     return tensors
 
 
-def read_json(path):
-    """Raises OSError if it is missing or damaged."""
+def read_json(path, keys):
+    """An object that has these keys.  Raises OSError if it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise OSError(f"{path}: missing or damaged ({e}); take it from a copy, or make the folder anew") from e
+        content = json.loads(Path(path).read_text())
+        return content | {key: content[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise OSError(f"{path}: missing or damaged ({type(e).__name__}: {e}); take it from a copy, or make the folder anew") from e
+
+
+def claim(owner, folder, name):
+    """Keep a folder for an object as long as it lives; a process that is killed lets go of it.  Raises OSError if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    owner.let_go = weakref.finalize(owner, os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        owner.let_go()
+        raise OSError(f"{name}: another run is writing there now; wait for its end, or give another folder") from e
+    except OSError:
+        pass  # a file system without locks
+
+
+def sweep(folder, pattern):
+    """Remove what a killed run has left half-written."""
+    for path in folder.glob(pattern):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # ---------------------------------------------------------------------------
@@ -215,16 +239,14 @@ def check_compressed_tensors(recipe, config):
     check_packable(recipe, config)
     family = FAMILIES[config.model_type]
     block = decoder_blocks(empty_model(config))[0]
-    ragged, divided, acts = [], [], recipe.act_bits < 16
+    ragged, divided, tokens = [], [], recipe.act_bits < 16 and recipe.act_pertoken and family.flat
     for group in family.groups:
         ragged += [name for name in group.linears if recipe.groupsize != -1 and block.get_submodule(name).in_features % recipe.groupsize]
         divided += [name for name in group.linears if recipe.smooth and not group.exact(config)]
     for wrong, lack in (
-        (recipe.wbits not in (4, 8), f"weights of {recipe.wbits} bits; give --wbits 4 or 8"),
-        (acts and recipe.act_bits != 8, f"activations of {recipe.act_bits} bits; give --act_bits 8"),
         (ragged, f"shorter last group, which --groupsize {recipe.groupsize} leaves in {', '.join(ragged)}; give another"),
         (divided, f"input that is divided at run time, as smoothing needs it for {', '.join(divided)}; leave out --smooth"),
-        (acts and recipe.act_pertoken and family.flat, f"scale per token for {', '.join(family.flat)} here; leave out --act_pertoken"),
+        (tokens, f"scale per token for {', '.join(family.flat)} here; leave out --act_pertoken"),
     ):
         if wrong:
             raise ValueError(f"--export compressed-tensors: the format has no {lack}")
@@ -241,6 +263,7 @@ def compressed_tensors_linear(q, grid, recipe):
 
 
 def compressed_tensors_config(model, recipe):
+    quantized = tuple(f".{name}" for group in FAMILIES[model.config.model_type].groups for name in group.linears)
     weights = {"num_bits": recipe.wbits, "type": "int", "symmetric": recipe.sym}
     weights |= {"strategy": "channel"} if recipe.groupsize == -1 else {"strategy": "group", "group_size": recipe.groupsize}
     acts = {"num_bits": recipe.act_bits, "type": "int", "symmetric": False, "dynamic": True}
@@ -256,7 +279,7 @@ def compressed_tensors_config(model, recipe):
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],  # those that were not replaced
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith(quantized)],
     }
 
 
@@ -295,7 +318,8 @@ class Writer:
 
         A tensor that is not quantized is stored in `dtype` if that changes no value, and as it is otherwise.
         """
-        self.folder, self.partial = Path(folder), Path(f"{folder}.{os.getpid()}.partial")
+        self.folder = Path(folder)
+        self.partial = self.folder.with_name(f"{self.folder.name}.partial")
         self.model, self.tokenizer, self.recipe, self.layout = model, tokenizer, recipe, LAYOUTS[layout]
         self.about, self.dtype = about or {}, dtype or model.dtype
         self.layout.check(recipe, model.config)
@@ -303,12 +327,19 @@ class Writer:
         self.packed = self.fp16 = 0  # bytes of the quantized linears
 
     def __enter__(self):
-        self.partial.mkdir(parents=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        claim(self, self.partial, self.folder)
+        sweep(self.partial, "*")
         try:
             self.tokenizer.save_pretrained(self.partial)
+            config = deepcopy(self.model.config)
+            config.dtype = self.dtype
+            config.quantization_config = self.layout.config(self.model, self.recipe) | self.about
+            config.save_pretrained(self.partial)
+            self.model.generation_config.to_json_file(self.partial / GENERATION)  # as it is: save_pretrained refuses some of the hub's
         except Exception as e:  # transformers raises whatever its backends do
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise OSError(f"{self.folder}: the tokenizer cannot be written ({e})") from e
+            self.abandon()
+            raise OSError(f"{self.folder}: the tokenizer or a configuration cannot be written ({e})") from e
         return self
 
     def add(self, i, codes):
@@ -334,23 +365,25 @@ class Writer:
         return own if own.to(tensor.dtype).equal(tensor) else tensor
 
     def __exit__(self, kind, error, traceback):
+        if kind is not None:
+            return self.abandon()
         try:
-            if kind is None:
-                self.finish()
-                os.rename(self.partial, self.folder)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.finish()
+            os.rename(self.partial, self.folder)
+        except BaseException:
+            self.abandon()
+            raise
+        return self.let_go()
+
+    def abandon(self):
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.let_go()
 
     def finish(self):
         elsewhere = (blocks_prefix(self.model), *self.model.all_tied_weights_keys)
         rest = {name: t for name, t in self.model.state_dict().items() if not name.startswith(elsewhere)}
         self.write(len(decoder_blocks(self.model)), rest)
         write_json(self.partial / f"{self.layout.files}.safetensors.index.json", self.index)
-        config = deepcopy(self.model.config)
-        config.dtype = self.dtype
-        config.quantization_config = self.layout.config(self.model, self.recipe) | self.about
-        config.save_pretrained(self.partial)
-        self.model.generation_config.save_pretrained(self.partial)
 
     def size(self):
         """A line about the quantized linears, all their tensors, against FP16."""
@@ -364,7 +397,7 @@ def export(source, folder, layout="compressed-tensors"):
     """Write a checkpoint of ours once more, in another layout: the Writer."""
     config, about = load_packed_config(source)
     model = empty_model(config, torch.float32)  # so that nothing is rounded on the way
-    model.generation_config = GenerationConfig.from_pretrained(source)
+    model.generation_config = GenerationConfig.from_dict(read_json(Path(source, GENERATION), ()))
     with Writer(folder, model, load_tokenizer(source), about["recipe"], layout, dtype=config.dtype) as writer:
         for i, codes in restore(source, model, about["recipe"]):
             writer.add(i, codes)
@@ -390,17 +423,18 @@ def load_packed_config(folder, script=None):
     if not Path(folder, "config.json").is_file():
         raise OSError(f"--load {folder}: no checkpoint there: there is no config.json")
     config = load_config(folder, script)
-    about = getattr(config, "quantization_config", {"quant_method": "nothing of a quantization"})
-    if about["quant_method"] != "awrq":
-        raise ValueError(f"--load {folder}: was not written by --save; its config.json says {about['quant_method']}")
+    about = getattr(config, "quantization_config", {})
+    if about.get("quant_method") != "awrq":
+        method = about.get("quant_method", "nothing of a quantization")
+        raise ValueError(f"--load {folder}: was not written by --save; its config.json says {method}")
+    if about.get("format") not in range(1, FORMAT + 1):
+        raise ValueError(f"--load {folder}: has format {about.get('format')}, this version reads up to {FORMAT}; update the code")
     try:
-        if about["format"] > FORMAT:
-            raise ValueError(f"--load {folder}: has format {about['format']}, this version reads up to {FORMAT}; update the code")
-        about = about | {"recipe": Recipe(**about["recipe"])}
-    except (KeyError, TypeError) as e:
+        recipe = Recipe(**about["recipe"])
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"--load {folder}: its config.json is damaged, or of another version of the code ({e})") from e
     del config.quantization_config
-    return config, about
+    return config, about | {"recipe": recipe}
 
 
 def restore(folder, model, recipe):
@@ -408,7 +442,7 @@ def restore(folder, model, recipe):
 
     Raises OSError, naming a tensor, for what is missing or damaged, ValueError for what does not fit the model.
     """
-    index = read_json(Path(folder, f"{LAYOUTS['awrq'].files}.safetensors.index.json"))
+    index = read_json(Path(folder, f"{LAYOUTS['awrq'].files}.safetensors.index.json"), ("weight_map", "sha256"))
     shards = {file: {} for file in sorted(set(index["weight_map"].values()))}
     for name, file in index["weight_map"].items():
         shards[file][name] = index["sha256"][name]
@@ -442,7 +476,7 @@ def load(folder, dtype="auto", device="cpu", kernel=None):
         block = decoder_blocks(model)[i]
         for name, (q, grid) in codes.items() if computes_integers(about["recipe"]) else ():
             block.set_submodule(name, IntLinear(block.get_submodule(name), q, grid, kernel))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = GenerationConfig.from_dict(read_json(Path(folder, GENERATION), ()))
     return model.eval()
 
 
@@ -457,7 +491,7 @@ def differences(there, here, path=""):
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{path}{key}.")
         elif a != b:
-            yield f"{path}{key} is {a} there, {b} here"
+            yield f"{path}{key} is {a!s:.24} there, {b!s:.24} here"
 
 
 def some(items, n=3):
@@ -502,14 +536,16 @@ class Store:
             "torch": torch.__version__,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
+        claim(self, self.folder, f"--checkpoint_dir {folder}")
         path = self.folder / "run.json"
         if not path.exists():
             if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
                 raise ValueError(f"--checkpoint_dir {folder}: has other files in it; give it a folder of its own")
             write_json(path, run)
-        other = list(differences(read_json(path), run))
+        other = list(differences(read_json(path, ()), run))
         if other:
             raise ValueError(f"--checkpoint_dir {folder}: is of another run: {some(other)}; give another folder")
+        sweep(self.folder, "*.partial")
         self.finished = next((i for i in range(self.blocks) if not self.path("block", i, "json").exists()), self.blocks)
         self.drop_inputs(self.finished)  # a run can be killed between its last write and this
 
@@ -536,7 +572,7 @@ class Store:
 
     def restore(self, i, block, groups, batch, x):
         """Make block i what it was when it was finished, and after the last such one x what entered the next: layers, codes."""
-        entry = read_json(self.path("block", i, "json"))
+        entry = read_json(self.path("block", i, "json"), ("layers", "tensors"))
         codes = restore_block(block, read_shard(self.path("block", i), entry["tensors"]), groups, batch, self.recipe)
         if i + 1 == self.finished < self.blocks:
             inputs = read_shard(self.path("inputs", i + 1), entry["inputs"]).values()
@@ -557,14 +593,16 @@ def prepare(args, script):
         ("check", "--benchmark", args.benchmark),
         ("kernel", "--load", args.load),
         ("benchmark", "--eval, whose first corpus it decodes", args.eval),
+        ("benchmark_prefill", "--eval, whose first corpus it reads", args.eval),
     ):
         if flag in args.changed and not there:
             raise ValueError(f"--{flag} needs {needs}")
     if args.export and args.export[0] not in EXPORTS:
         raise ValueError(f"--export {args.export[0]}: no such format; choose from {', '.join(EXPORTS)}")
     config, recipe, tokenizer, calibration = prepare_packed(args, script) if args.load else (*modelutils.prepare(args, script), None)
-    if args.benchmark and not 1 < args.benchmark <= config.max_position_embeddings:
-        raise ValueError(f"--benchmark {args.benchmark}: must be 2 to {config.max_position_embeddings} tokens, the model's context")
+    for flag, tokens, least in (("benchmark", args.benchmark, 2), ("benchmark_prefill", args.benchmark_prefill, 1)):
+        if tokens and not least <= tokens <= config.max_position_embeddings:
+            raise ValueError(f"--{flag} {tokens}: must be {least} to {config.max_position_embeddings} tokens, the model's context")
     for flag, folder, layout in targets(args):
         check_target(flag, folder)
         LAYOUTS[layout].check(recipe, config)
@@ -574,7 +612,7 @@ def prepare(args, script):
 
 
 def prepare_packed(args, script):
-    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"preset", "act_quant", "save", "checkpoint_dir", "compare_full"}
+    fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"preset", "act_quant", "save", "checkpoint_dir"}
     for flag in args.changed:
         if flag in fixed:
             flag = flag.replace("true_", "true-")
@@ -585,11 +623,21 @@ def prepare_packed(args, script):
         if other:
             raise ValueError(f"--load {args.load}: is not a checkpoint of {args.model}: {some(other)}")
     args.model = args.model or about.get("model", args.load)
+    if args.compare_full and not is_original(args.model, script):
+        raise ValueError(f"--compare_full: {args.model} is not the unquantized model; with --load give that as MODEL")
     recipe = replace(about["recipe"], seqlen=args.seqlen or about["recipe"].seqlen)
     if recipe.seqlen > config.max_position_embeddings:
         raise ValueError(f"--seqlen {recipe.seqlen}: the model's context is {config.max_position_embeddings} tokens")
     args.walk_batch = args.walk_batch or default_walk_batch(config, recipe.seqlen, args.device)
     return config, recipe, load_tokenizer(args.load), about.get("calibration", {})
+
+
+def is_original(name, script):
+    """Whether a model is there that is not quantized."""
+    try:
+        return not getattr(load_config(name, script), "quantization_config", None)
+    except OSError:
+        return False
 
 
 def targets(args):
@@ -621,6 +669,11 @@ def open_model(args, recipe):
     if args.export:
         print(export(args.load, args.export[1], args.export[0]).size())
     return load(args.load, args.dtype, args.device, kernel)
+
+
+def open_full(args, model):
+    """The unquantized model of a command line: the one that is still to be quantized, or with --load the original."""
+    return load_model(args.model, args.dtype, args.device) if args.load else model
 
 
 def quantize(args, model, tokenizer, ids, recipe, calibration, clock):

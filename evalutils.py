@@ -8,10 +8,7 @@ import math
 import os
 import platform
 import resource
-import statistics
-import subprocess
 import tempfile
-import time
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -29,8 +26,10 @@ from lm_eval.utils import handle_non_serializable
 from tqdm import tqdm
 
 from datautils import file_source, find_file, parse_json, read_rows
+from kernels.timing import commit, write_json
 from modelutils import FAMILIES, METHODS, PRESETS, check_vocabulary, padded, placed, propagate, record_inputs, walk
 from quant import IntLinear, QuantLinear, Recipe
+from speed import decode, prefill
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
@@ -48,15 +47,16 @@ def plan(args, config, tokenizer):
 
     Raises ValueError or OSError if that is nothing, if a task or its data is not there, if results cannot be written.
     """
-    names = dict.fromkeys(name for name in args.eval.split(",") if name)
-    corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in names]
-    if not corpora and not args.tasks:
+    names, patterns = ([name for name in (listed or "").split(",") if name] for listed in (args.eval, args.tasks))
+    corpora = [NEW_EVAL.get(name, name) if args.new_eval else name for name in dict.fromkeys(names)]
+    if not corpora and not patterns:
         raise ValueError("nothing to evaluate: give --tasks or --eval")
-    if args.compare_full and args.method == "full":
+    if args.compare_full and args.method == "full" and not args.load:
         raise ValueError("--compare_full: --method full has nothing to compare")
     check_writable(args.output_path)
-    tasks = load_tasks(args.tasks.split(","), args.data_dir, args.num_fewshot, args.skip_missing) if args.tasks else []
+    tasks = load_tasks(patterns, args.data_dir, args.num_fewshot, args.skip_missing) if patterns else []
     for task in leaves(tasks):
+        check_fewshot(task, args.num_fewshot)
         check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
     return corpora, tasks
 
@@ -73,6 +73,9 @@ def evaluate(args, recipe, model, tokenizer, texts, tasks, clock):
     if args.benchmark:
         with clock("benchmark"):
             results["benchmark"] = decode(model, next(iter(texts.values()))[: args.benchmark], args.device, args.check)
+    if args.benchmark_prefill:
+        with clock("benchmark"):
+            results["prefill"] = prefill(model, next(iter(texts.values()))[: args.benchmark_prefill], args.device)
     return results
 
 
@@ -107,30 +110,6 @@ def perplexity(model, ids, seqlen, device="cpu", walk_batch=1, desc="evaluating"
     return {"ppl": value, "windows": sum(map(len, windows)), "seqlen": seqlen, "tokens": sum(w.numel() for w in windows)}
 
 
-@torch.no_grad()
-def decode(model, ids, device="cpu", check=False):
-    """Feed ids (N,) to the model one by one, with a cache, as it decodes: {"ms_per_token": the median, "tokens": N}.
-
-    check: also "ppl", exp of the mean negative log-likelihood of the tokens but the first; each token's activations then have scales of
-    their own.  Raises ValueError if there are fewer than two tokens.
-    """
-    if len(ids) < 2:
-        raise ValueError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
-    ids, cache, milliseconds, losses = ids.to(device), None, [], []
-    with placed(model, device):
-        for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
-            start = time.perf_counter()
-            out = model(ids[None, i : i + 1], past_key_values=cache, use_cache=True)
-            if ids.device.type == "cuda":
-                torch.cuda.synchronize(ids.device)
-            milliseconds.append(1000 * (time.perf_counter() - start))
-            cache = out.past_key_values
-            if check and i + 1 < len(ids):
-                losses.append(F.cross_entropy(out.logits[0].float(), ids[i + 1 : i + 2]).double())
-    ppl = {"ppl": torch.stack(losses).mean().exp().item()} if check else {}
-    return {"ms_per_token": statistics.median(milliseconds), "tokens": len(ids)} | ppl
-
-
 # ---------------------------------------------------------------------------
 # Tasks
 
@@ -145,7 +124,8 @@ def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
     """lm-eval's tasks and groups, data included: [Task or Group].  patterns: names, with wildcards as in lm-eval, or YAML files of tasks.
 
     data_dir: a folder NAME/SPLIT.jsonl[.gz] has the rows of each task, as the hub has them; the hub is then not asked, and groups become
-    their tasks.  Raises ValueError for an unknown task, OSError if data is missing, unless skip_missing (then a warning) leaves some.
+    their tasks.  Raises ValueError for an unknown task or broken rows, OSError if data is missing.  skip_missing: a warning in place of
+    that, if it leaves some.
     """
     manager = task_manager(not all(map(_is_yaml, patterns)))
     names = [name for pattern in patterns for name in _matching(TASKS.get(pattern, pattern), manager)]
@@ -155,7 +135,11 @@ def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
     for name in dict.fromkeys(names):
         try:
             here = data_dir is not None and not _is_yaml(name)
-            loaded += _load_local(name, manager, data_dir, num_fewshot) if here else _load(name, name, manager)
+            if here:
+                loaded += _load_local(name, manager, data_dir, num_fewshot)
+            else:
+                remedy = "correct the file or what it reads, or --skip_missing" if _is_yaml(name) else _way_out(name)
+                loaded += _load(name, name, manager, OSError, remedy)
         except OSError as e:
             if not skip_missing:
                 raise
@@ -168,6 +152,13 @@ def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
 def leaves(tasks):
     """The tasks themselves, those of groups included."""
     return [leaf for task in tasks for leaf in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
+
+
+def check_fewshot(task, n):
+    """Raises ValueError if a task has too few examples for --num_fewshot n (or None)."""
+    needed = n and n + (task.fewshot_cfg.split == task.config.test_split)  # lm-eval then draws one more, as one may be the item itself
+    if needed and (there := len(list(task.fewshot_docs()))) < needed:
+        raise ValueError(f"--num_fewshot {n}: draws from {needed} examples or more, {task.config.task} has {there}; ask for fewer")
 
 
 def sample_text(task, n=100):
@@ -203,13 +194,13 @@ def _members(name, manager):
     return [leaf for child in children for leaf in _members(child, manager)]
 
 
-def _load(name, spec, manager):
-    """The task, group or tasks of a name, a file or a configuration, with their data."""
+def _load(name, spec, manager, error, remedy):
+    """The task, group or tasks of a name, a file or a configuration, with their data.  error, remedy: what is raised if that fails."""
     try:
         loaded = manager.load([spec])
     except Exception as e:  # whatever the hub, the network, or a task's own code raises, the way out is the same
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        raise OSError(f"{name}: its data cannot be loaded ({reason}); {_way_out(name)}") from e
+        raise error(f"{name}: its data cannot be loaded ({reason}); {remedy}") from e
     grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
     members = {group for group in loaded["groups"].values() for group in group.get_all_groups()}
     return [g for g in loaded["groups"].values() if g not in members] + [t for t in loaded["tasks"].values() if t not in grouped]
@@ -241,12 +232,28 @@ def _load_local(name, manager, data_dir, num_fewshot):
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, f"{name}.yaml")
         spec.write_text(json.dumps(changes)[:-1] + ', "custom_dataset": !function evalutils.local_rows}', encoding="utf-8")
-        return _load(name, str(spec), manager)
+        return _load(name, str(spec), manager, ValueError, f"correct {' and '.join(map(str, files.values()))}")
 
 
 def local_rows(files, **_metadata):
-    """The splits of a task, for lm-eval's custom_dataset.  files: {split: file}"""
-    return datasets.DatasetDict({s: datasets.Dataset.from_list(read_rows(Path(file), parse_json)) for s, file in files.items()})
+    """The splits of a task, for lm-eval's custom_dataset.  files: {split: file}.  Raises ValueError, naming a broken row."""
+    return datasets.DatasetDict({s: datasets.Dataset.from_list(read_rows(Path(file), _row_parser())) for s, file in files.items()})
+
+
+def _row_parser():
+    """line -> the row that it holds.  All rows have the fields of the first: a missing one would become None, and that a wrong answer."""
+    fields = {}
+
+    def parse(line):
+        row = parse_json(line)
+        if not isinstance(row, dict):
+            raise ValueError("not an object with the task's fields")
+        fields.update(fields or row)
+        if row.keys() != fields.keys():
+            raise ValueError(f"its fields are {', '.join(row)}, those of the lines before {', '.join(fields)}")
+        return row
+
+    return parse
 
 
 def task_protocol(task):
@@ -256,6 +263,14 @@ def task_protocol(task):
     if config.custom_dataset is local_rows:
         return {"split": split, "source": file_source(Path(kwargs["files"][split]))}
     return {"split": split, "source": ", ".join(map(str, filter(None, (config.dataset_path, config.dataset_name)))) or "the task's own"}
+
+
+def _pieces(key, context, continuation, size):
+    """A request of lm-eval's scorer, cut into requests of at most `size` tokens of continuation.  Only a whole one keeps its key."""
+    if not continuation:
+        raise ValueError(f"an answer without a token, after {key and key[0][-40:]!r}; correct the rows of the task")
+    for i in range(0, len(continuation), size):
+        yield key if len(continuation) <= size else None, context + continuation[:i], continuation[i : i + size]
 
 
 class QuantizedLM(huggingface.HFLM):
@@ -268,7 +283,16 @@ class QuantizedLM(huggingface.HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.
+
+        Raises ValueError for a token that the model does not know, and for a continuation without tokens.
+        """
         check_vocabulary(self.config, [torch.tensor(context + continuation) for _, context, continuation in requests])
+        size = self.max_length
+        cut = sum(len(context) + len(continuation) > size + 1 for _, context, continuation in requests)
+        if cut:  # lm-eval says it of each, on a log that we silence
+            longer = f"{cut} of {len(requests)} prompts with an answer are longer than the model's context, {size} tokens"
+            warnings.warn(f"{longer}; their start is cut off", stacklevel=2)
 
         def pad(length, rows, **side):
             self.lengths = torch.tensor([len(row) for row in rows])
@@ -276,8 +300,11 @@ class QuantizedLM(huggingface.HFLM):
 
         # The scorer pads with token 0, which can be a real one, and passes neither lengths nor a mask on: here it still knows them.
         huggingface_pad = huggingface.pad_and_concat
+        pieces = [list(_pieces(*request, size)) for request in requests]
         with patch.object(huggingface, "pad_and_concat", pad):
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+            scores = iter(super()._loglikelihood_tokens([piece for request in pieces for piece in request], *args, **kwargs))
+        parts = [[next(scores) for _ in request] for request in pieces]
+        return [(sum(score for score, _ in part), all(greedy for _, greedy in part)) for part in parts]
 
     def _model_call(self, inps, **kwargs):
         lengths, self.lengths = self.lengths, None
@@ -361,17 +388,6 @@ def versions():
     return found
 
 
-def commit():
-    """The commit of this code, with "+changes" if files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+changes" * bool(changed)
-
-
 def hardware(device):
     """Names of what the numbers were computed on."""
     device = torch.device(device)
@@ -443,12 +459,13 @@ def task_table(runs):
     first = next(iter(runs.values()))
     for task, row in first["results"].items():
         for key in row:
-            metric, _, name = key.partition(",")
+            metric, _, name = key.partition(",")  # name: of the filter that its answers went through
             if name and not metric.endswith("_stderr"):
                 for label, found in runs.items():
                     error = found["results"][task].get(f"{metric}_stderr,{name}")
                     value = found["results"][task][key]
-                    add(task, first["n-shot"].get(task, ""), metric, label, value=value, error=error if isinstance(error, float) else None)
+                    shown = metric if name == "none" else f"{metric} ({name})"
+                    add(task, first["n-shot"].get(task, ""), shown, label, value=value, error=error if isinstance(error, float) else None)
     for label, found in runs.items():
         if values := list(accuracies(found).values()):
             value, error = average(values)
@@ -473,7 +490,11 @@ def publish(args, report):
         print(task_table(found) if args.table_results else json.dumps({label: run["results"] for label, run in found.items()}, indent=1))
     for label, decoded in ((label, run["benchmark"]) for label, run in runs.items() if "benchmark" in run):
         ppl = f", perplexity {decoded['ppl']:.4f}" if "ppl" in decoded else ""
-        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}{ppl}")
+        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}, {decoded['how']}{ppl}")
+    for label, read in ((label, run["prefill"]) for label, run in runs.items() if "prefill" in run):
+        print(
+            f"reading a prompt of {read['tokens']} tokens, {label}: {read['ms']:.3f} ms, {read['tokens_per_second']:.0f} tokens per second"
+        )
     print(describe(report))
     if args.output_path:
         write_json(args.output_path, report)
@@ -495,9 +516,18 @@ def describe(report):
         calib,
         f"arithmetic: {protocol['arithmetic']}",
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+        task_speed([run["tasks"] for run in (report["full"], report["results"]) if run and run["tasks"]], seconds.get("tasks")),
         "peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in peak.items() if value is not None),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def task_speed(found, seconds):
+    """How fast tasks were evaluated, in words; "" without tasks.  found: what zero_shot returned, of each model."""
+    if not found:
+        return ""
+    items = sum(n["effective"] for run in found for n in run["n-samples"].values())
+    return f"tasks: {items} items in batches of {found[0]['config']['batch_size']}, {items / seconds:.2f} a second"
 
 
 def check_writable(path):
@@ -512,16 +542,3 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise OSError(f"--output_path {path}: cannot write into {folder} ({e.strerror}); give another folder") from e
-
-
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
-            f.write("\n")
-        os.replace(partial, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(partial)

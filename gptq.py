@@ -7,6 +7,7 @@ round the right half.  It computes what the loop over columns computes, in matri
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from itertools import repeat
 
 import torch
@@ -17,6 +18,21 @@ SPAN = 128  # columns rounded on one CPU thread before the others are woken for 
 LEAF = 16  # columns that are compensated one after the other, each for all before it: smaller products cost more to start than to compute
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def add_product(total, a, b, factor=None):
+    """total (C, C) += factor * a^T b with float32 sums, for a, b (N, C) of one type; factor (): a tensor, None is 1.
+
+    Products of half types are exact in float32.  A GPU sums them up on its tensor cores, at ten times the speed of float32.
+    """
+    if a.is_cuda and a.dtype in HALVES:
+        product = torch.mm(a.T, b, out_dtype=torch.float32)
+        total.add_(product) if factor is None else total.addcmul_(product, factor)
+    else:
+        total.addmm_(a.T.float(), b.float(), alpha=1 if factor is None else factor.item())
+
+
 class Hessian:
     """H = sum of x^T x over all tokens seen, (C, C) float32.  Its scale cancels everywhere, so it is a sum and not a mean."""
 
@@ -25,8 +41,8 @@ class Hessian:
 
     def add(self, x):
         """x (B, T, C)"""
-        x = x.flatten(0, -2).float()
-        self.H.addmm_(x.T, x)
+        x = x.flatten(0, -2)
+        add_product(self.H, x, x)
 
     def permute(self, order):
         """Put the columns in another order, (C,)."""
@@ -86,6 +102,15 @@ def sweep(w, L, i, j, unit, work):
     sweep(w, L, m, j, unit, work)
 
 
+def span_kernel(device, blocksize):
+    """kernels.span.round_span where it can run: a GPU, the exact loop, and Triton, which PyTorch for NVIDIA GPUs brings along; or None."""
+    if device.type != "cuda" or blocksize > 1 or find_spec("triton") is None:
+        return None
+    from kernels.span import round_span
+
+    return round_span
+
+
 def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
     """Round W (R, C) a block of columns after the other, passing each block's error on to the columns right of it: q (R, C) uint8.
 
@@ -104,7 +129,7 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
     L = U.T
     q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     leaf, span = (max(1, columns // blocksize) * blocksize for columns in (LEAF, SPAN))
-    codes = torch.empty_like(w[:span])
+    codes, kernel = torch.empty_like(w[:span]), span_kernel(W.device, blocksize)
 
     def round_group(i, j):
         if regrid is not None and i:
@@ -114,8 +139,11 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
         sweep(w, L, i, j, span, round_span)
 
     def round_span(i, j):
-        with one_thread():
-            sweep(w, L, i, j, leaf, lambda a, b: round_leaf(a, b, codes[a - i : b - i]))
+        if kernel:
+            kernel(w[i:j], codes[: j - i], L[i:j, i:j].T, scale[i:j], zero[i:j], grid.bits, None if i else first[0])
+        else:
+            with one_thread():
+                sweep(w, L, i, j, leaf, lambda a, b: round_leaf(a, b, codes[a - i : b - i]))
         q[:, i:j] = codes[: j - i].T
 
     def round_leaf(i, j, codes):

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -138,9 +139,11 @@ def load_config(name, script=None):
     except Exception as e:  # transformers raises whatever its validators do
         if os.path.isfile(os.path.join(name, "config.json")):
             raise OSError(f"{name}: its config.json is not one that transformers {transformers.__version__} takes ({_reason(e)})") from e
+        if isinstance(e.__cause__, GatedRepoError):
+            raise OSError(f"{name} is gated: ask for access at https://huggingface.co/{name}, then `hf auth login`") from e
         raise OSError(
             f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
-            f" ({_reason(e)}); a gated model needs `hf auth login`"
+            f" ({_reason(e)}); a private model needs `hf auth login`"
         ) from e
     if config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}")
@@ -842,6 +845,12 @@ def add_args(parser, smallest_scale, corpora):
     )
     packed.add_argument(
         "--benchmark", type=positive, metavar="TOKENS", help="decode so many tokens of the first corpus one by one: milliseconds per token"
+    )
+    packed.add_argument(
+        "--benchmark_prefill",
+        type=positive,
+        metavar="TOKENS",
+        help="read so many tokens of the first corpus at once, as a prompt: milliseconds",
     )
     packed.add_argument("--check", action="store_true", help="with --benchmark: their perplexity too")
 

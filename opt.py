@@ -8,7 +8,7 @@ python opt.py demo/opt --data_dir demo/data --calib_data world --eval world --wb
 import argparse
 from functools import partial
 
-from checkpoint import open_model, prepare, quantize
+from checkpoint import open_full, open_model, prepare, quantize
 from datautils import load_text
 from evalutils import evaluate, plan, publish, report
 from modelutils import Clock, Parser, add_args, check_vocabulary
@@ -25,12 +25,12 @@ def main(args):
     # ---- Model ----
     with clock("loading"):
         model = open_model(args, recipe)
-    measure = partial(evaluate, args, recipe, model, tokenizer, texts, tasks, clock)
-    full = measure() if args.compare_full else None
+    measure = partial(evaluate, args, recipe, tokenizer=tokenizer, texts=texts, tasks=tasks, clock=clock)
+    full = measure(open_full(args, model)) if args.compare_full else None
     layers = quantize(args, model, tokenizer, ids, recipe, protocol["calibration"], clock)
 
     # ---- Numbers ----
-    publish(args, report(args, recipe, model, protocol, tasks, measure(), full, layers, clock))
+    publish(args, report(args, recipe, model, protocol, tasks, measure(model), full, layers, clock))
 
 
 def parser():

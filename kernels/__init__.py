@@ -142,40 +142,51 @@ def w4a8_linear(x, weight, act_bits=8, per_token=False, lengths=None, kernel=Non
     return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, lengths, kernel)
 
 
-def _check(x, weight, act_bits, lengths, kernel):
-    """ValueError for whatever the arithmetic cannot take.  Looks at no data, so a GPU need not be waited for."""
-
-    def need(ok, message):
-        if not ok:
-            raise ValueError(f"w4a8_linear: {message}")
-
+def _wrong(x, weight, act_bits, lengths, kernel):
+    """Yields, in words, what the arithmetic cannot take.  Looks at no data, so a GPU need not be waited for."""
     rows, columns, groupsize = weight.rows, weight.columns, weight.groupsize
-    need(weight.layout == LAYOUT, f"packed layout {weight.layout}, this version reads {LAYOUT}: pack the codes again")
-    need(x.dtype in DTYPES, f"x is {x.dtype}, must be float16, bfloat16 or float32")
-    need(x.dim() == 3 and x.shape[2] == columns, f"x {tuple(x.shape)}: must be (B, T, {columns})")
-    need(x.numel() > 0, f"x {tuple(x.shape)}: is empty")
-    need(2 <= act_bits <= 8, f"act_bits {act_bits}: must be 2 to 8")
-    need(0 < columns <= MAX_COLUMNS and rows > 0, f"weight of {rows} rows and {columns} columns: at least 1, at most {MAX_COLUMNS} columns")
-    need(0 < groupsize <= columns, f"groupsize {groupsize}: must be 1 to {columns}")
+    if weight.layout != LAYOUT:
+        yield f"packed layout {weight.layout}, this version reads {LAYOUT}: pack the codes again"
+    if x.dtype not in DTYPES:
+        yield f"x is {x.dtype}, must be float16, bfloat16 or float32"
+    if x.dim() != 3 or x.shape[2] != columns:
+        yield f"x {tuple(x.shape)}: must be (B, T, {columns})"
+    if x.numel() == 0:
+        yield f"x {tuple(x.shape)}: is empty"
+    if not 2 <= act_bits <= 8:
+        yield f"act_bits {act_bits}: must be 2 to 8"
+    if not (0 < columns <= MAX_COLUMNS and rows > 0):
+        yield f"weight of {rows} rows and {columns} columns: at least 1, at most {MAX_COLUMNS} columns"
+    if not 0 < groupsize <= columns:
+        yield f"groupsize {groupsize}: must be 1 to {columns}"
+    if kernel not in (None, "cuda", "torch"):
+        yield f"kernel {kernel}: must be cuda or torch"
     padded, groups = _padded(rows, ROWS), -(-columns // groupsize)
-    wanted = {  # shape, types
-        "x": (tuple(x.shape), DTYPES),
-        "packed": ((padded // 32, _padded(columns, COLUMNS) // 32, 32, 16), (torch.uint8,)),
-        "scale": ((groups, padded), (torch.float32,)),
-        "zero": ((groups, padded), (torch.int32,)),
-        "colsum": ((groups, padded), (torch.int32,)),
-        "bias": ((padded,), (torch.float32,)),
-        "lengths": ((x.shape[0],), (torch.int32, torch.int64)),
-    }
-    for name, tensor in {"x": x, **weight._asdict(), "lengths": lengths}.items():
-        if not isinstance(tensor, torch.Tensor):
+    for name, tensor, shape, types in (
+        ("x", x, x.shape, DTYPES),
+        ("packed", weight.packed, (padded // 32, _padded(columns, COLUMNS) // 32, 32, 16), (torch.uint8,)),
+        ("scale", weight.scale, (groups, padded), (torch.float32,)),
+        ("zero", weight.zero, (groups, padded), (torch.int32,)),
+        ("colsum", weight.colsum, (groups, padded), (torch.int32,)),
+        ("bias", weight.bias, (padded,), (torch.float32,)),
+        ("lengths", lengths, x.shape[:1], (torch.int32, torch.int64)),
+    ):
+        if tensor is None:
             continue
-        shape, types = wanted[name]
-        need(tuple(tensor.shape) == shape, f"{name} {tuple(tensor.shape)}: must be {shape}")
-        need(tensor.dtype in types, f"{name} is {tensor.dtype}, must be {' or '.join(map(str, types))}")
-        need(tensor.is_contiguous(), f"{name} has strides {tensor.stride()}: must be contiguous")
-        need(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
-    need(kernel in (None, "cuda", "torch"), f"kernel {kernel}: must be cuda or torch")
+        if tensor.shape != shape:
+            yield f"{name} {tuple(tensor.shape)}: must be {tuple(shape)}"
+        if tensor.dtype not in types:
+            yield f"{name} is {tensor.dtype}, must be {' or '.join(map(str, types))}"
+        if not tensor.is_contiguous():
+            yield f"{name} has strides {tensor.stride()}: must be contiguous"
+        if tensor.device != x.device:
+            yield f"{name} is on {tensor.device}, x on {x.device}"
+
+
+def _check(*args):
+    """ValueError for the first thing that _wrong finds; what is right costs no message, as this runs before every product."""
+    for message in _wrong(*args):
+        raise ValueError(f"w4a8_linear: {message}")
 
 
 def _exact_matmul(q, w):

@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -43,27 +44,37 @@ def build(arch):
     Beside it lies nvcc's report of registers and spills, build.log.  Processes that want the same library wait for the one that compiles.
     """
     if not str(arch).isdigit() or int(arch) < OLDEST:
-        raise BuildError(f"--arch {arch}: must be {OLDEST} or more, a compute capability without its point, such as 80 or 90")
+        raise BuildError(f"compute capability {arch}: must be {OLDEST} or more, without its point, such as 80 (A100) or 90 (H100)")
     nvcc = find_nvcc()
     flags = (*FLAGS, f"-arch=sm_{arch}")
     version = _run([nvcc, "--version"]).stdout
-    key = hashlib.sha256("\0".join((version, *flags, *(s.read_text() for s in SOURCES))).encode()).hexdigest()[:16]
+    parts = (platform.machine(), version, *flags, *(s.read_text() for s in SOURCES))  # machines of several kinds may share a home
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = cache_folder() / key
     library = folder / f"libawrq_sm{arch}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():  # while this process waited
-            print(f"kernels: compiling for sm_{arch}, once", file=sys.stderr, flush=True)
-            partial = library.with_suffix(".partial")
-            done = _run([nvcc, *flags, "-o", str(partial), *(str(s) for s in SOURCES if s.suffix == ".cu")])
-            (folder / "build.log").write_text(done.stderr)
-            if done.returncode:
-                raise BuildError(f"nvcc failed for sm_{arch}: {_reason(done.stderr)} (all it said: {folder / 'build.log'})")
-            os.replace(partial, library)
+    try:
+        _compile(nvcc, flags, library)
+    except OSError as e:
+        raise BuildError(f"{folder}: cannot be written ({e.strerror}); set XDG_CACHE_HOME to a folder that can") from e
     return library
+
+
+def _compile(nvcc, flags, library):
+    """Write a library, unless another process has done so while this one waited."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return
+        print(f"kernels: compiling {library.name}, once", file=sys.stderr, flush=True)
+        partial, log = library.with_suffix(".partial"), library.parent / "build.log"
+        done = _run([nvcc, *flags, "-o", str(partial), *(str(s) for s in SOURCES if s.suffix == ".cu")])
+        log.write_text(done.stderr)
+        if done.returncode:
+            raise BuildError(f"{nvcc} failed for {flags[-1]}: {_reason(done.stderr)} (all it said: {log})")
+        os.replace(partial, library)
 
 
 def _run(command):

@@ -1,25 +1,20 @@
-"""Check the CUDA kernels on this GPU, bit for bit, then time them in short: python -m kernels.check [--small] [--output_path FILE]
+"""Check the CUDA kernels on this GPU, bit for bit: python -m kernels.check [--small] [--output_path FILE]
 
 Kernels are held to the op in PyTorch, on the CPU for small shapes and on the GPU for real ones.  scripts/gpu_check.sh runs this with
 compute-sanitizer as well.  Exit status 1 if anything differs.
 """
 
 import argparse
-import json
-import os
-import platform
-import shutil
-import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import kernels
 from kernels import build, cuda
-from kernels.tune import LAYERS, MODELS, SPLITS, enough_copies, random_weight, timed
+from kernels.shapes import LAYERS
+from kernels.timing import about, write_json
+from kernels.tune import SPLITS, random_weight
 
 TYPES = (torch.float16, torch.bfloat16)
 GROUPS = (-1, 128, 64)
@@ -140,12 +135,14 @@ def graphs_and_streams(library, device):
         x, other = (random_x(1, tokens, 1024, torch.float16, seed=seed) for seed in (1, 2))
         fixed = x.to(device)
         kernels.w4a8_linear(fixed, on_device)  # chooses the kernel
-        torch.cuda.set_sync_debug_mode("error")
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            y = kernels.w4a8_linear(fixed, on_device)
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                y = kernels.w4a8_linear(fixed, on_device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         stream.synchronize()
         yield f"{tokens} tokens, stream", torch.equal(y.cpu(), kernels.w4a8_linear(x, weight))
         graph = torch.cuda.CUDAGraph()
@@ -181,69 +178,18 @@ CHECKS = (every_configuration, every_number_of_tokens, every_layer, largest_sums
 
 
 def run_checks(checks, library, device):
-    """[{"check", "cases", "wrong": [what]}], printed as it goes."""
-    results = []
+    """Yields {"check", "cases", "wrong": [what], "error": what ended it early, or None} of each, and prints it."""
     for check in checks:
-        outcomes = list(check(library, device))
-        wrong = [what for what, ok in outcomes if not ok]
-        results.append({"check": check.__name__, "cases": len(outcomes), "wrong": wrong})
-        print(
-            f"{check.__name__:24} {len(outcomes):6} cases  {'all equal' if not wrong else f'{len(wrong)} WRONG, as {wrong[:3]}'}",
-            flush=True,
-        )
-    return results
-
-
-# ---------------------------------------------------------------------------
-# Times
-
-
-def bench(device, models=("llama-13b",), tokens=(1, 16, 17, 64, 256, 1024)):
-    """[row]: microseconds of quantization and product against those of a float16 product, both with cold caches."""
-    rows = []
-    for n, k in dict.fromkeys(shape for model in models for shape in MODELS[model]):
-        weight = random_weight(n, k, device=device)
-        packed = [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, n * k // 2))]
-        full = [torch.randn(n, k, dtype=torch.float16, device=device) for _ in range(enough_copies(device, n * k * 2))]
-        for m in tokens:
-            x = torch.randn(1, m, k, dtype=torch.float16, device=device)
-            ours = timed([partial(kernels.w4a8_linear, x, w) for w in packed])
-            fp16 = timed([partial(torch.nn.functional.linear, x, w) for w in full])
-            config, parts = cuda.dispatch(device, m, n, k, k)
-            speedup = fp16["median"] / ours["median"]
-            rows.append(
-                {
-                    "rows": n,
-                    "columns": k,
-                    "tokens": m,
-                    "config": config,
-                    "splits": parts,
-                    "w4a8_us": ours,
-                    "fp16_us": fp16,
-                    "speedup": speedup,
-                }
-            )
-            print(
-                f"{n:6} x {k:5}  {m:5} tokens  {config:>12} / {parts:<2}  {ours['median']:8.1f} us  "
-                f"fp16 {fp16['median']:8.1f} us  {speedup:5.2f}x",
-                flush=True,
-            )
-    return rows
-
-
-def about(device):
-    """Hardware, versions and commit."""
-    root = Path(__file__).parent.parent
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "gpu": properties.name,
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "commit": commit or None,
-    }
+        cases, wrong, error, what = 0, [], None, "nothing"
+        try:
+            for what, ok in check(library, device):
+                cases += 1
+                wrong += [] if ok else [what]
+        except Exception as e:  # whatever a driver raises: what is known so far, and the other checks, are still worth having
+            error = f"after {what}: {type(e).__name__}: {e}"
+        verdict = "all equal" if not wrong else f"{len(wrong)} WRONG, as {wrong[:3]}"
+        print(f"{check.__name__:24} {cases:6} cases  {f'FAILED {error}' if error else verdict}", flush=True)
+        yield {"check": check.__name__, "cases": cases, "wrong": wrong, "error": error}
 
 
 def main(args):
@@ -253,19 +199,24 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = False
     library = cuda.library(device)
     print(torch.cuda.get_device_name(device), flush=True)
-    report = about(device) | {"checks": run_checks(SMALL if args.small else CHECKS, library, device)}
-    if not args.small:
-        report["bench"] = bench(device)
-    if args.output_path:
-        partial_file = Path(f"{args.output_path}.partial")
-        partial_file.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial_file, args.output_path)
-    return any(check["wrong"] for check in report["checks"])
+    report = about(device) | {"finished": False, "checks": []}
+
+    def save():
+        if args.output_path:
+            write_json(args.output_path, report)
+
+    save()  # before long work, as it may not be possible
+    for result in run_checks(SMALL if args.small else CHECKS, library, device):
+        report["checks"].append(result)
+        save()
+    report["finished"] = True
+    save()
+    return any(check["wrong"] or check["error"] for check in report["checks"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m kernels.check", description="Check the CUDA kernels on this GPU against PyTorch.")
-    parser.add_argument("--small", action="store_true", help="only small shapes and no times, for compute-sanitizer")
+    parser.add_argument("--small", action="store_true", help="only small shapes, for compute-sanitizer")
     parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
     try:
         sys.exit(main(parser.parse_args()))

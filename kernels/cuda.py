@@ -22,6 +22,7 @@ CONFIGS = {  # in the order of Config of w4a8.cu: rows of the weight and tokens 
 }
 CONFIG_NUMBERS = {name: number for number, name in enumerate(CONFIGS)}
 MAX_SPLITS = 64
+QUANTIZE, MULTIPLY, BOTH = 1, 2, 3  # Steps of w4a8.cu
 COLUMNS_PER_SPLIT = 512  # fewer are not worth the sum over splits
 
 
@@ -31,7 +32,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ["x", "lengths", "weight", "scale", "zero", "colsum", "bias", "y", "workspace", "stream"]),
         ("workspace_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "config", "splits"]),
+        *((name, ctypes.c_int) for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "config", "splits", "steps"]),
     ]
 
 
@@ -50,8 +51,17 @@ def bind(path):
 
 @functools.cache
 def library(device):
-    """The library for a GPU, built on first use.  Raises BuildError."""
-    return bind(build("{}{}".format(*torch.cuda.get_device_capability(device))))
+    """The library for a GPU, built on first use.  Raises BuildError if it cannot be built or does not run there."""
+    path = build("{}{}".format(*torch.cuda.get_device_capability(device)))
+    found = bind(path)
+    with torch.cuda.device(device):
+        code = found.awrq_ready()
+    if code:
+        error = found.awrq_error(code).decode()
+        raise BuildError(
+            f"{path} does not run on this GPU ({error}): update its driver or set CUDA_HOME to an older toolkit, or choose --kernel torch"
+        )
+    return found
 
 
 # ---------------------------------------------------------------------------
@@ -94,7 +104,7 @@ def choose(library, gpu, processors, tokens, rows, columns, groupsize):
 
 def takes(library, config, parts, tokens, rows, columns, groupsize):
     """Whether the kernels accept a configuration for a shape."""
-    call = Call(B=1, T=tokens, K=columns, N=rows, groupsize=groupsize, levels=255, config=CONFIG_NUMBERS[config], splits=parts)
+    call = Call(B=1, T=tokens, K=columns, N=rows, groupsize=groupsize, levels=255, config=CONFIG_NUMBERS[config], splits=parts, steps=BOTH)
     return library.awrq_workspace(ctypes.byref(call)) >= 0
 
 
@@ -108,15 +118,16 @@ def dispatch(device, tokens, rows, columns, groupsize):
 # The call
 
 
-def launch(library, x, y, weight, act_bits, per_token, lengths, config, parts, stream, empty):
+def launch(library, x, y, weight, act_bits, per_token, lengths, config, parts, stream, empty, steps=BOTH):
     """y (B, T, R) from x (B, T, C) by one configuration.  stream: its address.  empty(bytes): memory for the way, of any contents.
 
-    Raises ValueError for what the kernels refuse, RuntimeError for an error of CUDA.
+    steps: MULTIPLY takes the codes of x that a QUANTIZE, the same call otherwise, left in that memory.  Raises ValueError for what the
+    kernels refuse, RuntimeError for an error of CUDA.
     """
     call = Call(
         x.data_ptr(), None if lengths is None else lengths.data_ptr(), *(p.data_ptr() for p in weight[:5]), y.data_ptr(), None, stream, 0,
         TYPES[x.dtype], x.shape[0], x.shape[1], weight.columns, weight.rows, weight.groupsize, 2**act_bits - 1, per_token,
-        CONFIG_NUMBERS[config], parts,
+        CONFIG_NUMBERS[config], parts, steps,
     )  # fmt: skip
     call.workspace_bytes = library.awrq_workspace(ctypes.byref(call))
     code = call.workspace_bytes

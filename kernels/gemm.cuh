@@ -33,7 +33,8 @@ DEVICE void unpack(uint32_t (&low)[4], uint32_t (&high)[4], uint4 w) {
 
 // sum (qx - x_zero) (qw - zero), from the sum of qx qw; unsigned, as overflow on the way is harmless.
 DEVICE int centred(uint32_t sum, int zero, int x_sum, int x_zero, int colsum) {
-  return static_cast<int>(sum - static_cast<uint32_t>(zero * x_sum) - static_cast<uint32_t>(x_zero) * static_cast<uint32_t>(colsum));
+  return static_cast<int>(sum - static_cast<uint32_t>(zero) * static_cast<uint32_t>(x_sum) -
+                          static_cast<uint32_t>(x_zero) * static_cast<uint32_t>(colsum));
 }
 
 // float(v) for |v| < 2^22, by two additions: the conversion instruction has a fraction of their rate.
@@ -53,6 +54,7 @@ DEVICE bool gather(uint32_t (&values)[COUNT], const Problem& p, int tile, int sp
   if (threadIdx.x == 0) *shared_word = atomicAdd(p.tickets + tile, 1u);
   __syncthreads();
   if (*shared_word != static_cast<uint32_t>(p.splits - 1)) return false;
+  if (threadIdx.x == 0) p.tickets[tile] = 0;  // so the product can run again on the same codes
   __threadfence();
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) values[i] = 0;

@@ -74,12 +74,22 @@ DEVICE void from_float(half_t& to, float v) { to = __float2half_rn(v); }
 DEVICE void from_float(bfloat_t& to, float v) { to = __float2bfloat16_rn(v); }
 DEVICE void from_float(float& to, float v) { to = v; }
 
-// kernel<<<grid, threads, shared, stream>>>(args...); cudaError_t.
+constexpr int kMaxShared = 99 * 1024;  // bytes that a block has on every GPU of compute capability 8.0 or newer
+
+// Whether a kernel can run on the current device, for which the driver must know this runtime and the library this GPU; cudaError_t.
+template <class... Parameters>
+int can_run(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  cudaFuncGetAttributes(&attributes, kernel);
+  return cudaGetLastError();
+}
+
+// kernel<<<grid, threads, shared, stream>>>(args...); cudaError_t, which no later call finds again.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared, void* stream, Arguments... args) {
-  if (shared > 48 * 1024) {  // more than that a kernel must ask for
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
+  if (shared > 48 * 1024) {  // more than that a kernel must ask for: always for the most, as another thread may need more of it meanwhile
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    if (error != cudaSuccess) return cudaGetLastError();
   }
   kernel<<<dim3(grid_x, grid_y), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   return cudaGetLastError();

@@ -6,30 +6,14 @@ Every time is that of quantization and product together, in a CUDA graph, over s
 import argparse
 import json
 import os
-import statistics
 from functools import partial
 
 import torch
 
 import kernels
-from kernels import cuda
+from kernels import cuda, shapes
+from kernels.timing import enough_copies, timed
 
-MODELS = {  # rows and columns of the linears of a block, each shape once
-    "llama-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
-    "llama-13b": ((5120, 5120), (13824, 5120), (5120, 13824)),
-    "llama-30b": ((6656, 6656), (17920, 6656), (6656, 17920)),
-    "llama-65b": ((8192, 8192), (22016, 8192), (8192, 22016)),
-    "llama-2-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
-    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "opt-125m": ((768, 768), (3072, 768), (768, 3072)),
-    "opt-1.3b": ((2048, 2048), (8192, 2048), (2048, 8192)),
-    "opt-2.7b": ((2560, 2560), (10240, 2560), (2560, 10240)),
-    "opt-6.7b": ((4096, 4096), (16384, 4096), (4096, 16384)),
-    "opt-13b": ((5120, 5120), (20480, 5120), (5120, 20480)),
-    "opt-30b": ((7168, 7168), (28672, 7168), (7168, 28672)),
-    "opt-66b": ((9216, 9216), (36864, 9216), (9216, 36864)),
-}
-LAYERS = tuple(dict.fromkeys(shape for shapes in MODELS.values() for shape in shapes))
 EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; above the last, as for the last
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -42,33 +26,6 @@ def random_weight(rows, columns, groupsize=-1, device="cpu", seed=0):
     scale = torch.rand(rows, groups, generator=g, device=device) * 0.01 + 0.001
     zero = torch.randint(16, (rows, groups), generator=g, device=device)
     return kernels.prepare(q, scale, zero, groupsize, torch.randn(rows, generator=g, device=device))
-
-
-def enough_copies(device, size):
-    """How many copies of `size` bytes are more than four times the L2 cache; at most 64."""
-    return max(1, min(64, -(-4 * torch.cuda.get_device_properties(device).L2_cache_size // size)))
-
-
-def timed(calls, rounds=7, least=20):
-    """Microseconds per call, {"median", "p20", "p80"}, over replays of one CUDA graph of all calls, repeated to `least` of them."""
-    calls = calls * -(-least // len(calls))
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph, start, end = torch.cuda.CUDAGraph(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(rounds):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    fifths = statistics.quantiles(times, n=5)
-    return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[3]}
 
 
 def run(library, x, weight, config, parts, bits=8, per_token=False, lengths=None):
@@ -107,11 +64,18 @@ def tune_layer(library, device, rows, columns, groupsize):
         for tokens in sorted({below + 1, edge}):
             x = torch.randn(1, tokens, columns, dtype=torch.float16, device=device)
             found = candidates(library, tokens, rows, columns, weight.groupsize)
-            times_at.append({c: timed([partial(run, library, x, w, *c) for w in copies])["median"] for c in found})
+            times_at.append({c: timed([partial(run, library, x, w, *c) for w in copies], device)["median"] for c in found})
         entries.append([edge, *best(times_at)])
         below = edge
     entries[-1][0] = 1 << 20
     return entries
+
+
+def layers(names):
+    """The (rows, columns) to tune: those of some models, "a,b", or of all; also q/k/v and gate/up as one."""
+    if names is None:
+        return shapes.LAYERS + shapes.FUSED
+    return tuple(dict.fromkeys(s for name in names.split(",") for fused in (False, True) for s in shapes.linears(name, fused)))
 
 
 def main(args):
@@ -120,7 +84,7 @@ def main(args):
     device = torch.device("cuda", torch.cuda.current_device())
     library, gpu = cuda.library(device), torch.cuda.get_device_name(device)
     table = cuda.tables().get(gpu, {"cells": {}}) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
-    for rows, columns in LAYERS if args.models is None else dict.fromkeys(shape for m in args.models.split(",") for shape in MODELS[m]):
+    for rows, columns in layers(args.models):
         for groupsize in args.groupsize:
             entries = tune_layer(library, device, rows, columns, groupsize)
             table["cells"][cuda.cell(rows, columns, columns if groupsize == -1 else groupsize)] = entries
@@ -148,7 +112,7 @@ def write(tables):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m kernels.tune", description="Measure the fastest kernel of every layer shape on this GPU.")
     parser.add_argument(
-        "--models", metavar="NAMES", help=f"only the layers of these models, separated by commas (default all): {', '.join(MODELS)}"
+        "--models", metavar="NAMES", help=f"only the layers of these models, separated by commas (default all): {', '.join(shapes.MODELS)}"
     )
     parser.add_argument(
         "--groupsize",
@@ -160,5 +124,5 @@ if __name__ == "__main__":
     )
     try:
         main(parser.parse_args())
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, OSError) as e:
         parser.exit(2, f"{parser.prog}: error: {e}\n")

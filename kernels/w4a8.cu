@@ -1,8 +1,8 @@
-// The C interface: one call quantizes x and multiplies it, on the caller's stream, in memory that the caller owns.  It neither allocates nor
-// waits, so a CUDA graph can capture it.  Called by __init__.py through ctypes.
+// The C interface: one call quantizes x and multiplies it, or does one of both, on the caller's stream, in memory that the
+// caller owns.  It neither allocates nor waits, so a CUDA graph can capture it.  Called by cuda.py through ctypes.
 #include "decode.cuh"
 
-struct Call {  // the same fields in the same order as _Call in __init__.py
+struct Call {  // the same fields in the same order as Call in cuda.py
   const void* x;            // [B,T,K]
   const int* lengths;       // [B], or null
   const void* weight;       // of pack_w4
@@ -21,9 +21,10 @@ struct Call {  // the same fields in the same order as _Call in __init__.py
   int per_token;
   int config;               // Config
   int splits;               // blocks that share the columns of a tile
+  int steps;                // Steps
 };
 
-// The order of CONFIGS in __init__.py.
+// The order of CONFIGS in cuda.py.
 enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x128, kConfigs };
 
 //                               BN   BM   WN  WM  stages
@@ -33,8 +34,7 @@ template <bool G> using Tile64 = Tile<128, 64, 32, 64, 4, G>;
 template <bool G> using Tile128 = Tile<128, 128, 64, 32, 4, G>;
 template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 
-constexpr int kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;
-constexpr int kMaxShared = 99 * 1024;  // bytes that a block has on every GPU of compute capability 8.x
+constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -62,21 +62,29 @@ struct Plan {  // everything that follows from a call
     auto take = [&](int64_t size) { int64_t at = bytes; bytes += (size + 255) / 256 * 256; return at; };
     codes = take(fused ? 0 : int64_t(M) * Kp);
     sums = take(fused ? 0 : int64_t(groups) * Mp * 4);
-    x_scale = take(fused ? 0 : Mp * 4);
-    x_zero = take(fused ? 0 : Mp * 4);
+    x_scale = take(fused ? 0 : int64_t(Mp) * 4);
+    x_zero = take(fused ? 0 : int64_t(Mp) * 4);
     ranges = take(fused ? 0 : int64_t(c.B) * range_parts * 8);
     slabs = take(c.splits > 1 ? int64_t(tiles) * c.splits * values * 4 : 0);
-    tickets = take(c.splits > 1 ? tiles * 4 : 0);
+    tickets = take(c.splits > 1 ? int64_t(tiles) * 4 : 0);
   }
 };
 
+// kMultiply takes the codes that an earlier call, the same otherwise, left in the workspace.
+enum Steps { kQuantize = 1, kMultiply = 2, kBoth = 3 };
+
 #define REFUSALS(X) \
   X(kNoX, "x is null or not aligned to 16 bytes") \
-  X(kNoWeight, "packed, scale, zero, colsum or bias is null or not aligned to 16 bytes") \
+  X(kNoPacked, "packed is null or not aligned to 16 bytes") \
+  X(kNoScale, "scale is null or not aligned to 16 bytes") \
+  X(kNoZero, "zero is null or not aligned to 16 bytes") \
+  X(kNoColsum, "colsum is null or not aligned to 16 bytes") \
+  X(kNoBias, "bias is null or not aligned to 16 bytes") \
   X(kNoY, "y is null or not aligned to 16 bytes") \
+  X(kBadLengths, "lengths is not aligned to 4 bytes") \
   X(kBadType, "x must be float16, bfloat16 or float32") \
   X(kBadRows, "B and T must be at least 1, and B * T at most 1048576 tokens") \
-  X(kBadColumns, "K must be 1 to 65536 and N at least 1") \
+  X(kBadColumns, "K must be 1 to 65536 and N 1 to 1048576") \
   X(kBadGroup, "groupsize must be a multiple of 64, at most 1024, or K") \
   X(kBadLevels, "act_bits must be 2 to 8") \
   X(kBadConfig, "no such kernel configuration") \
@@ -85,7 +93,8 @@ struct Plan {  // everything that follows from a call
   X(kFusedSplits, "this configuration does not split the columns") \
   X(kBadTile, "this configuration needs padded rows that are a multiple of 256, and one scale for a whole row") \
   X(kBadSplits, "splits must be 1 to 64, and at most the groups of a row") \
-  X(kBadWorkspace, "the workspace is null, too small or not aligned to 256 bytes")
+  X(kBadSteps, "steps must be 1 to 3, and 3 where a configuration quantizes as it multiplies") \
+  X(kBadWorkspace, "the workspace is null, too small or not aligned to 16 bytes")
 
 enum Refusal {
 #define NAME(name, text) name,
@@ -99,12 +108,14 @@ static bool aligned(const void* pointer, uintptr_t bytes) { return pointer && re
 static int check_shape(const Call& c) {
   auto refuse = [](Refusal r) { return -1 - r; };
   if (c.type < kHalf || c.type > kFloat) return refuse(kBadType);
-  if (c.B < 1 || c.T < 1 || int64_t(c.B) * c.T > kMaxRows) return refuse(kBadRows);
-  if (c.K < 1 || c.K > kMaxColumns || c.N < 1 || c.N > (1 << 24)) return refuse(kBadColumns);
+  if (c.B < 1 || c.T < 1 || int64_t(c.B) * c.T > kMaxTokens) return refuse(kBadRows);
+  if (c.K < 1 || c.K > kMaxColumns || c.N < 1 || c.N > kMaxRows) return refuse(kBadColumns);
   if (c.groupsize < 1 || c.groupsize > c.K || (c.groupsize < c.K && (c.groupsize % 64 || c.groupsize > kMaxGroup))) return refuse(kBadGroup);
   if (c.levels != 3 && c.levels != 7 && c.levels != 15 && c.levels != 31 && c.levels != 63 && c.levels != 127 && c.levels != 255) return refuse(kBadLevels);
   if (c.config < 0 || c.config >= kConfigs) return refuse(kBadConfig);
+  if (c.steps < kQuantize || c.steps > kBoth) return refuse(kBadSteps);
   Plan p(c);
+  if (p.fused && c.steps != kBoth) return refuse(kBadSteps);
   if (p.decode && p.M > 16) return refuse(kDecodeRows);
   if (p.decode && p.decode_bytes > kMaxShared) return refuse(kFusedBytes);
   if (p.fused && c.splits != 1) return refuse(kFusedSplits);
@@ -116,9 +127,14 @@ static int check_shape(const Call& c) {
 static int check_pointers(const Call& c, const Plan& p) {
   auto refuse = [](Refusal r) { return -1 - r; };
   if (!aligned(c.x, 16)) return refuse(kNoX);
-  if (!aligned(c.weight, 16) || !aligned(c.scale, 16) || !aligned(c.zero, 16) || !aligned(c.colsum, 16) || !aligned(c.bias, 16)) return refuse(kNoWeight);
+  if (!aligned(c.weight, 16)) return refuse(kNoPacked);
+  if (!aligned(c.scale, 16)) return refuse(kNoScale);
+  if (!aligned(c.zero, 16)) return refuse(kNoZero);
+  if (!aligned(c.colsum, 16)) return refuse(kNoColsum);
+  if (!aligned(c.bias, 16)) return refuse(kNoBias);
   if (!aligned(c.y, 16)) return refuse(kNoY);
-  if (p.bytes && (!aligned(c.workspace, 256) || c.workspace_bytes < p.bytes)) return refuse(kBadWorkspace);
+  if (c.lengths && !aligned(c.lengths, 4)) return refuse(kBadLengths);
+  if (p.bytes && (!aligned(c.workspace, 16) || c.workspace_bytes < p.bytes)) return refuse(kBadWorkspace);
   return 0;
 }
 
@@ -161,6 +177,9 @@ extern "C" {
 
 int awrq_call_bytes() { return sizeof(Call); }
 
+// 0 if the kernels can run on the current device, or what awrq_error explains.
+int awrq_ready() { return can_run(range_kernel<half_t>); }
+
 // What a code of awrq_workspace or awrq_linear means: < 0 refused, > 0 an error of CUDA.
 const char* awrq_error(int code) {
   static const char* const texts[] = {
@@ -190,12 +209,12 @@ int awrq_linear(const Call* call) {
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
   Problem problem{static_cast<const uint4*>(c.weight), c.scale, c.zero, c.colsum, c.bias, codes, c.y, c.type, p.M, c.N, p.Np, p.Kp,
                   c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};
-  if (!p.fused) {
+  if (!p.fused && c.steps & kQuantize) {
     float2* ranges = reinterpret_cast<float2*>(memory + p.ranges);
     int error = c.type == kHalf     ? quantize<half_t>(c, p, a, codes, ranges, tickets)
                 : c.type == kBfloat ? quantize<bfloat_t>(c, p, a, codes, ranges, tickets)
                                     : quantize<float>(c, p, a, codes, ranges, tickets);
-    if (error) return error;
+    if (error || c.steps == kQuantize) return error;
   }
   return p.grouped ? multiply<true>(c, p, problem, a) : multiply<false>(c, p, problem, a);
 }

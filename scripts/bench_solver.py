@@ -77,11 +77,11 @@ def bench_layer(size, bits, repeat):
 
 
 @torch.no_grad()
-def bare_passes(model, ids, walk_batch):
+def bare_passes(model, ids, walk_batch, device="cpu", passes=PASSES):
     """The forward passes that quantizing the model needs, through its own unquantized blocks, and nothing else."""
-    x, kwargs = record_inputs(model, ids.split(walk_batch), "cpu")
-    for _, block in walk(model, "cpu", "bare"):
-        for _ in range(PASSES - 1):
+    x, kwargs = record_inputs(model, ids.split(walk_batch), device)
+    for _, block in walk(model, device, "bare"):
+        for _ in range(passes - 1):
             propagate(block, list(x), kwargs, "bare")
         propagate(block, x, kwargs, "bare")
 

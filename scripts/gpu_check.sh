@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
-#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, times in short
+#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, a packed checkpoint where all of
+#                                        requirements.txt is installed, times of LLaMA-13B's layers
 #   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (half an hour)
-# Variables: PYTHON, OUT (the JSON, by default results/gpu_check/NAME_OF_THE_GPU.json).  Exit status 1 if anything failed.
+# Variables: PYTHON, OUT (the check's JSON, by default results/gpu_check/NAME_OF_THE_GPU.json; beside it go _steps.json, how each step went,
+# written after every step, and _bench.json, the times).  Goes on after a step that fails; exit status 1 if one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -19,19 +21,25 @@ if torch.cuda.is_available():
 CODE
 ) || { echo "gpu_check.sh: $PYTHON has no PyTorch; set PYTHON" >&2; exit 2; }
 [ -n "$gpu" ] || { echo "gpu_check.sh: PyTorch finds no GPU here" >&2; exit 2; }
-arch=${gpu%% *} name=${gpu#* }
-OUT=${OUT:-results/gpu_check/${name// /_}.json}
-mkdir -p "$(dirname "$OUT")"
+arch=${gpu%% *} gpu=${gpu#* }
+OUT=${OUT:-results/gpu_check/${gpu// /_}.json}
+STEPS=${OUT%.json}_steps.json
+mkdir -p "$(dirname "$OUT")" && true > "$STEPS" || { echo "gpu_check.sh: $STEPS cannot be written; set OUT" >&2; exit 2; }
 
-table="" failed=0
+table="" steps="" failed=0
+note() {  # note STEP SECONDS RESULT: for the table, and into the JSON
+  table+=$(printf '%-10s %6s s  %s' "$@")$'\n'
+  steps+=${steps:+,}$(printf '\n {"step": "%s", "seconds": %s, "result": "%s"}' "$@")
+  printf '{"gpu": "%s", "arch": "%s", "steps": [%s\n]}\n' "$gpu" "$arch" "$steps" > "$STEPS"
+}
 step() {  # step NAME COMMAND...: runs it and notes how it went
   local name=$1 result=ok start=$SECONDS
   shift
   echo "== $name: $*"
   "$@" || { result="FAILED ($?)"; failed=1; }
-  table+=$(printf '%-12s %6d s  %s' "$name" $((SECONDS - start)) "$result")$'\n'
+  note "$name" $((SECONDS - start)) "$result"
 }
-skip() { table+=$(printf '%-12s %6s    skipped: %s' "$1" - "$2")$'\n'; }
+skip() { note "$1" 0 "skipped: $2"; }
 
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
 step build "$PYTHON" -m kernels.build --arch "$arch"
@@ -49,5 +57,12 @@ for tool in memcheck racecheck; do
   fi
 done
 
-printf '\n%s (sm_%s), %s\n%s' "$name" "$arch" "$OUT" "$table"
+if "$PYTHON" -m pytest --collect-only -q tests/test_kernels.py > /dev/null 2>&1; then
+  step checkpoint "$PYTHON" -m pytest -q tests/test_kernels.py -k on_a_gpu
+else
+  skip checkpoint "needs what requirements.txt lists"
+fi
+step bench "$PYTHON" -m kernels.bench --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${OUT%.json}_bench.json"
+
+printf '\n%s (sm_%s), %s\n%s' "$gpu" "$arch" "$STEPS" "$table"
 exit $failed

@@ -76,7 +76,8 @@ TINY = {
     },
     "mistral": LLAMA
     | {"variants": {"sliding": GROUPED | {"sliding_window": 12}, "wide": GROUPED | {"head_dim": 16, "sliding_window": None}}},
-    "qwen2": LLAMA | {"variants": {"grouped": GROUPED}},
+    "qwen2": LLAMA
+    | {"variants": {"grouped": GROUPED, "sliding": GROUPED | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 0}}},
     "qwen3": LLAMA | {"variants": {"wide": {"num_key_value_heads": 1, "head_dim": 16}}},
 }
 for row in TINY.values():

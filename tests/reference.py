@@ -49,7 +49,9 @@ def codes(w, scale, zero, bits):
 
 def fake_quant_act(x, bits, per_token=False):
     """x (B, T, C) in float64, one sequence or token at a time."""
-    out = x.double()
+    out = x.to(torch.float64, copy=True)
+    if bits >= 16:
+        return out
     for share in (part for sequence in out for part in (sequence if per_token else [sequence])):
         scale, zero = grid(share, bits)
         share.copy_((codes(share, scale, zero, bits) - zero) * scale)
@@ -74,7 +76,7 @@ def column_loop(W, U, scale, zero, bits, full_width=False):
     R, C = W.shape
     w = W.T.clone(memory_format=torch.contiguous_format)  # (C, R)
     scale, zero = scale.expand(R, C).T, zero.expand(R, C).T
-    q = torch.empty(C, R, dtype=torch.uint8)
+    q = torch.empty(C, R, dtype=torch.uint8, device=W.device)
     for i in range(C):
         q[i] = codes(w[i], scale[i], zero[i], bits)
         error = (w[i] - (q[i] - zero[i]) * scale[i]) / U[i, i]

@@ -105,3 +105,20 @@ def test_the_published_code_agrees(case):
     xq = fake_quant_act(X, settings.get("act_bits", 8)) if settings["method"] == "awrq" else X
     x, xq = X.flatten(0, 1), xq.flatten(0, 1)
     assert reference.output_error(W, x, Q, xq) == pytest.approx(reference.output_error(W, x, published, xq), rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_in_half_precision_give_the_moments(bits):
+    """What a GPU multiplies on its tensor cores, against float64: H as good as exact, M to the rounding of the difference."""
+    _, X = reference.layer(1, 96, sequences=3, tokens=200, outliers=3)
+    X *= torch.tensor([0.01, 1, 300])[:, None, None]  # each sequence has a scale of its own
+    recipe = Recipe("awrq", wbits=4, act_bits=bits)
+    ours, plain = awrq.Moments(96, recipe, "cpu"), awrq.Moments(96, recipe, "cpu")
+    ours.add_codes(X, X)
+    plain.add(X)
+    xq = reference.fake_quant_act(X, bits).flatten(0, 1)
+    x = X.double().flatten(0, 1)
+    for name, wanted, within in (("H", xq.T @ xq, 1e-6), ("M", (x - xq).T @ xq, 1e-3)):
+        for stats, bound in ((ours, within), (plain, 1e-6 if name == "H" else 1e-3)):
+            off = (getattr(stats, name) - wanted).norm() / wanted.norm()
+            assert off <= bound, (name, off)

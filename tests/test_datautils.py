@@ -360,9 +360,9 @@ def test_a_bad_json_line_is_named(line, reason, tmp_path):
     ("file", "data", "reason"),
     [
         ("train.txt", "caf\u00e9".encode("latin-1"), "not UTF-8"),
-        ("train.jsonl.gz", gzip.compress(b'{"text": "caf\xe9"}'), "not UTF-8"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "caf\xe9"}', mtime=0), "not UTF-8"),
         ("train.jsonl.gz", b'{"text": "plain"}', "broken gzip"),
-        ("train.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 9)[:-9], "broken gzip"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 9, mtime=0)[:-9], "broken gzip"),
         ("train.txt", b"", "empty"),
         ("train.txt", b" \n\n", "empty"),
         ("train.jsonl", b'{"text": ""}\n', "empty"),

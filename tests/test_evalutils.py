@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import tiny_model, token_ids
 import evalutils
 import opt
 from evalutils import check_writable, perplexity, report, table, write_json
+from kernels import timing
 from modelutils import METHODS, Clock, Layer, decoder_blocks, make_recipe, quantize_blocks
 from quant import Recipe
 
@@ -163,23 +165,23 @@ def test_commit(monkeypatch, tmp_path):
 
     def git(*args):
         who = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
-        return evalutils.subprocess.run(["git", *who, "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *who, "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()
 
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(evalutils, "__file__", str(tmp_path / "evalutils.py"))
-    assert evalutils.commit() is None
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
+    assert timing.commit() is None
     git("init", "-q")
-    assert evalutils.commit() is None, "no commit yet"
-    (tmp_path / "evalutils.py").write_text("one")
+    assert timing.commit() is None, "no commit yet"
+    (tmp_path / "timing.py").write_text("one")
     git("add", ".")
     git("commit", "-qm", "one", "--no-verify")
-    assert evalutils.commit() == git("rev-parse", "HEAD")
+    assert timing.commit() == git("rev-parse", "HEAD")
     (tmp_path / "untracked").write_text("")
-    assert evalutils.commit() == git("rev-parse", "HEAD")
-    (tmp_path / "evalutils.py").write_text("two")
-    assert evalutils.commit() == git("rev-parse", "HEAD") + "+changes"
+    assert timing.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "timing.py").write_text("two")
+    assert timing.commit() == git("rev-parse", "HEAD") + "+changes"
     monkeypatch.setenv("PATH", "")
-    assert evalutils.commit() is None
+    assert timing.commit() is None
 
 
 def test_table():
@@ -224,7 +226,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         f.write('{"half')
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evalutils.json, "dump", full)
+    monkeypatch.setattr(timing.json, "dump", full)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {})
     assert [p.read_text() for p in tmp_path.iterdir()] == ["the old one"]

@@ -8,7 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
 import kernels
-from kernels import build, check, cuda, tune
-from quant import fake_quant_act, find_grid, from_int, to_int
+from evalutils import perplexity
+from kernels import build, check, cuda, shapes, tune
+from modelutils import load_model, load_tokenizer, quantize_blocks
+from quant import Recipe, fake_quant_act, find_grid, from_int, to_int
 
 ROOT = Path(__file__).parent.parent
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")  # a load off its alignment, an index past an array, a sum past 2^31
 
 
 def draw(*shape, seed=0):
@@ -247,6 +254,20 @@ def test_wrong_arguments_are_named(changes, message):
         kernels.w4a8_linear(changes.pop("x", activations(2, 3, 100)), weight, **changes)
 
 
+def test_right_arguments_cost_no_message():
+    """Messages that nobody reads once took most of the time from a call to the launch of its kernel."""
+
+    class Number(int):
+        def __format__(self, how):
+            raise AssertionError("formatted")
+
+    weight = prepared(48, 100, 64)
+    weight = weight._replace(**{name: Number(getattr(weight, name)) for name in ("rows", "columns", "groupsize", "layout")})
+    kernels._check(activations(2, 3, 100), weight, Number(8), torch.tensor([1, 3]), None)
+    with pytest.raises(AssertionError, match="formatted"):
+        kernels._check(activations(2, 3, 99), weight, Number(8), None, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -278,7 +299,7 @@ def emulated(tmp_path_factory):
     for source in build.SOURCES:
         shutil.copy(source, folder)
     shutil.copy(ROOT / "tests" / "emulator" / "ptx.cuh", folder)
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", *UNDEFINED)
     done = subprocess.run(["g++", "-x", "c++", *flags, "-o", "libawrq.so", "w4a8.cu"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = cuda.bind(folder / "libawrq.so")
@@ -390,20 +411,24 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
     """Every check of the launcher, by a call that is right but for one field."""
     memory = guarded(emulated, torch.zeros(1 << 16, dtype=torch.uint8), 256).data_ptr()
     good = dict.fromkeys(("x", "weight", "scale", "zero", "colsum", "bias", "y", "workspace"), memory)
-    good |= {"workspace_bytes": 1 << 16, "B": 1, "T": 4, "K": 128, "N": 32, "groupsize": 128, "levels": 255, "config": 1, "splits": 1}
+    good |= {"workspace_bytes": 1 << 16, "B": 1, "T": 4, "K": 128, "N": 32, "groupsize": 128, "levels": 255}
+    good |= {"config": 1, "splits": 1, "steps": 3}
     assert emulated.awrq_linear(ctypes.byref(cuda.Call(**good))) == 0
     fused = cuda.CONFIG_NUMBERS["decode_fused"]
     wide = cuda.CONFIG_NUMBERS["256x128"]
     for changes, message in (
         ({"x": None}, "x is null"),
         ({"x": memory + 8}, "x is null or not aligned to 16"),
-        *(({name: memory + 4}, "packed, scale, zero, colsum or bias") for name in ("weight", "scale", "zero", "colsum", "bias")),
+        *(({name: memory + 4}, f"{name} is null or not aligned to 16") for name in ("scale", "zero", "colsum", "bias")),
+        ({"weight": memory + 8}, "packed is null or not aligned to 16"),
         ({"y": memory + 2}, "y is null or not aligned"),
+        ({"lengths": memory + 2}, "lengths is not aligned to 4"),
         ({"type": 3}, "float16, bfloat16 or float32"),
         ({"B": 0}, "B and T"),
         ({"B": 1 << 19}, "B and T"),
         ({"K": 65537, "groupsize": 65537}, "K must be"),
-        ({"N": 0}, "N at least 1"),
+        ({"N": 0}, "N 1 to 1048576"),
+        ({"N": (1 << 20) + 1}, "N 1 to 1048576"),
         ({"groupsize": 32}, "multiple of 64"),
         ({"groupsize": 256}, "multiple of 64"),
         ({"K": 4096, "groupsize": 2048}, "at most 1024"),
@@ -416,14 +441,58 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         ({"config": wide, "N": 256, "groupsize": 64}, "one scale"),
         ({"splits": 0}, "splits"),
         ({"splits": 3}, "splits"),
+        ({"steps": 0}, "steps must be 1 to 3"),
+        ({"steps": 4}, "steps must be 1 to 3"),
+        ({"steps": 2, "config": fused}, "quantizes as it multiplies"),
         ({"workspace": None}, "workspace"),
-        ({"workspace": memory + 128}, "workspace"),
+        ({"workspace": memory + 8}, "workspace"),
         ({"workspace_bytes": 100}, "workspace"),
     ):
         code = emulated.awrq_linear(ctypes.byref(cuda.Call(**good | changes)))
         assert code < 0 and message in emulated.awrq_error(code).decode(), (changes, code)
     with pytest.raises(ValueError, match=r"x \(1, 17, 64\), weight \(32, 64\), groupsize 64, decode: this configuration takes at most 16"):
         emulate(emulated, activations(1, 17, 64), prepared(32, 64), "decode", 1)
+
+
+@pytest.mark.parametrize("name", ["x", "packed", "scale", "zero", "colsum", "bias"])
+def test_a_tensor_off_its_alignment_is_named(emulated, name):
+    """As a slice of a larger tensor can be: right but for its address."""
+    tensors = {"x": activations(1, 3, 64, torch.float16)} | prepared(32, 64)._asdict()
+    size = tensors[name].element_size()
+    shifted = guarded(emulated, torch.cat((tensors[name].flatten(), tensors[name].flatten()[:1])))[1:]
+    assert shifted.data_ptr() % 16 == size
+    tensors[name] = shifted.view(tensors[name].shape).copy_(tensors[name])
+    x, y, weight = tensors.pop("x"), torch.empty(1, 3, 32, dtype=torch.float16), kernels.Weight(**tensors)
+    with pytest.raises(ValueError, match=f"decode: {name} is null or not aligned to 16 bytes"):
+        cuda.launch(
+            emulated, x, y, weight, 8, False, None, "decode", 1, None, lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256)
+        )
+
+
+def test_the_largest_call_is_counted_right(emulated):
+    """2^20 tokens and 2^20 rows, more bytes and tiles than 31 bits count, and the longest rows: the workspace is the sum of its parts."""
+    tokens = rows = 1 << 20
+    for config, (n, m) in list(cuda.CONFIGS.items())[2:]:
+        for columns, parts in ((64, 1), (kernels.MAX_COLUMNS, 64)):
+            call = cuda.Call(
+                B=1, T=tokens, K=columns, N=rows, groupsize=columns, levels=255, config=cuda.CONFIG_NUMBERS[config], splits=parts, steps=3
+            )
+            codes, sums, scale, zero, ranges = tokens * columns, 4 * tokens, 4 * tokens, 4 * tokens, 8 * 1024
+            tiles = (rows // n) * (tokens // m)
+            split = tiles * parts * n * m * 4 + tiles * 4 if parts > 1 else 0
+            assert emulated.awrq_workspace(ctypes.byref(call)) == codes + sums + scale + zero + ranges + split
+
+
+@pytest.mark.parametrize(("config", "parts"), [("decode", 3), ("128x16", 3), ("128x64", 1)])
+def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
+    """What the benchmark does to time the product alone: quantize once, multiply again and again."""
+    x, weight = activations(1, 5, 256, torch.float16), prepared(104, 256)
+    memory = guarded(emulated, torch.full((1 << 20,), 255, dtype=torch.uint8), 256)
+    x, weight = guarded(emulated, x), kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in weight))
+    for steps in (cuda.QUANTIZE, cuda.MULTIPLY, cuda.MULTIPLY):
+        y = guarded(emulated, torch.full((1, 5, 104), float("nan"), dtype=x.dtype))
+        cuda.launch(emulated, x, y, weight, 8, False, None, config, parts, None, lambda n: memory, steps)
+        assert y.isnan().all() if steps == cuda.QUANTIZE else torch.equal(y, kernels.w4a8_linear(x, weight))
 
 
 def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
@@ -434,10 +503,88 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
 
     (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
-    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": []}
+    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
+
+    def broken(library, device):
+        yield "one case", True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
+    assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
+    assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out
     monkeypatch.setattr(check, "poisoned", lambda *args, poisoned=check.poisoned: poisoned(*args).neg_())
     (wrong,) = check.run_checks((few,), emulated, torch.device("cpu"))
     assert len(wrong["wrong"]) == wrong["cases"] and "WRONG, as ['decode_fused / 1, 2x5" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------
+# A packed checkpoint
+
+
+@pytest.fixture
+def stand_in(emulated, monkeypatch):
+    """The op's CUDA implementation, for tensors in host memory: the configurations that the emulator ran."""
+    launched = []
+
+    def launch(library, x, y, weight, bits, per_token, lengths, config, *how, launch=cuda.launch):
+        launched.append(config)
+        return launch(library, x, y, weight, bits, per_token, lengths, config, *how)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "library", lambda device: emulated)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="emulator", multi_processor_count=4))
+    emulated.emulator_settings(False, False)
+    override = torch.library.Library("awrq", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, that this overrides
+        override.impl("w4a8_linear", kernels._cuda_linear, "CPU", allow_override=True)
+    yield launched
+    override._destroy()
+    cuda.dispatch.cache_clear()
+
+
+CHECKPOINTS = [
+    ("opt", {}, "float16"),
+    ("llama", {"groupsize": 64, "act_pertoken": True}, "bfloat16"),
+]
+
+
+def saved_demo(family, settings, folder):
+    """A demo model, quantized and saved, and the first tokens of its held-out text (N,)."""
+    model, tokenizer = load_model(ROOT / "demo" / family), load_tokenizer(ROOT / "demo" / family)
+    text = tokenizer((ROOT / "demo" / "data" / "world" / "test.txt").read_text(), return_tensors="pt")["input_ids"][0, :194]
+    recipe = Recipe(method="rtn", wbits=4, act_bits=8, nsamples=1, seqlen=8, **settings)
+    with checkpoint.Writer(folder, model, tokenizer, recipe) as writer:
+        for layers, codes in quantize_blocks(model, text[None, :8], recipe):
+            writer.add(layers[0].block, codes)
+    return text
+
+
+def same_perplexity(folder, texts, dtype, device="cpu"):
+    """Whether a model reads texts (N,) and goes on alike by both kernels."""
+    loaded = {kernel: checkpoint.load(folder, dtype, device, kernel) for kernel in ("torch", "cuda")}
+    for text in texts:
+        wanted, found = (perplexity(model, text, len(text), device)["ppl"] for model in loaded.values())
+        assert 1 < found < 50 and found == pytest.approx(wanted, rel=1e-3)
+    prompt = texts[0][None].to(device)
+    tokens = [model.to(device).generate(prompt, max_new_tokens=2, do_sample=False) for model in loaded.values()]
+    assert tokens[0].equal(tokens[1])
+
+
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, settings, dtype, tmp_path):
+    """From the file to the perplexity through all that runs on a GPU, but that an emulator runs the kernels."""
+    text = saved_demo(family, settings, tmp_path / "saved")
+    same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
+    assert set(stand_in) == {"decode_fused", "128x64"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_on_a_gpu_has_the_perplexity_of_the_torch_path(family, settings, dtype, tmp_path):
+    text = saved_demo(family, settings, tmp_path / "saved")
+    same_perplexity(tmp_path / "saved", (text[:9], text[:33], text), dtype, torch.device("cuda", 0))
 
 
 # ---------------------------------------------------------------------------
@@ -448,7 +595,7 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
 @pytest.mark.parametrize("groupsize", [0, 128])
 def test_default_rules_know_every_layer(emulated, processors, groupsize):
     """A configuration that takes the shape for every layer and number of tokens; the workspace of decoding stays small."""
-    for rows, columns in tune.LAYERS:
+    for rows, columns in shapes.LAYERS + shapes.FUSED:
         for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1024, 1025, 4096, 65536):
             config, parts = cuda.choose(emulated, "some GPU", processors, tokens, rows, columns, groupsize or columns)
             assert cuda.takes(emulated, config, parts, tokens, rows, columns, groupsize or columns)
@@ -561,19 +708,29 @@ def test_library_is_built_once(fake_nvcc, monkeypatch):
     monkeypatch.setattr(build, "SOURCES", build.SOURCES[1:])
     build.build("80")
     assert fake_nvcc() == 4
+    monkeypatch.setattr(build.platform, "machine", lambda: "another")
+    build.build("80")
+    assert fake_nvcc() == 5
 
 
 def test_failed_build_says_why_and_leaves_nothing(fake_nvcc, monkeypatch):
     monkeypatch.setenv("FAIL", "identifier is undefined")
-    with pytest.raises(build.BuildError, match=r"nvcc failed for sm_80: w4a8.cu\(1\): error: identifier is undefined"):
+    with pytest.raises(build.BuildError, match=r"/nvcc failed for -arch=sm_80: w4a8.cu\(1\): error: identifier is undefined"):
         build.build("80")
     assert not list(build.cache_folder().glob("*/*.so"))
     assert [log.read_text() for log in build.cache_folder().glob("*/build.log")] == ["w4a8.cu(1): error: identifier is undefined\n"]
     for arch in ("75", "8.0", "sm_80", ""):
-        with pytest.raises(build.BuildError, match=f"--arch {arch}: must be 80 or more"):
+        with pytest.raises(build.BuildError, match=f"compute capability {arch}: must be 80 or more"):
             build.build(arch)
     monkeypatch.setattr(build.os, "access", lambda *_: False)
     with pytest.raises(build.BuildError, match="no nvcc in .*: install the CUDA toolkit, or choose --kernel torch"):
+        build.build("80")
+
+
+def test_a_cache_that_cannot_be_written_is_named(fake_nvcc, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match=r"file/awrq/\w+: cannot be written \(.*\); set XDG_CACHE_HOME"):
         build.build("80")
 
 
@@ -604,13 +761,71 @@ def test_what_needs_a_gpu_says_that_there_is_none():
         assert (done.returncode, done.stderr) == (2, f"gpu_check.sh: {message}\n")
 
 
+PROGRAMS = {  # of a machine with a GPU, where what $FAIL says goes wrong
+    "python": """#!/bin/sh
+[ "$1" = - ] && cat > /dev/null && echo "80 NVIDIA A100" && exit
+echo "$*" >> "$CALLS"
+case "$*" in
+  *$FAIL*) exit 3 ;;
+  *--output_path*) while [ "$1" != --output_path ]; do shift; done; echo {} > "$2" ;;
+esac
+""",
+    "compute-sanitizer": """#!/bin/sh
+while [ "$1" != "$PYTHON" ]; do shift; done
+"$@"
+""",
+}
+
+
+def gpu_check(folder, programs, path, fail, *options):
+    """scripts/gpu_check.sh on some programs of a folder, which only note that they were called: how it ended, {step: result}, the calls."""
+    for name in programs:
+        (folder / name).write_text(PROGRAMS[name])
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:{path}", "PYTHON": f"{folder}/python", "CUDA_HOME": f"{folder}", "OUT": f"{folder}/results/a.json"}
+    env |= {"CALLS": f"{folder}/calls", "FAIL": fail}
+    done = subprocess.run(["bash", "scripts/gpu_check.sh", *options], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    steps = json.loads((folder / "results" / "a_steps.json").read_text())
+    assert (steps["gpu"], steps["arch"]) == ("NVIDIA A100", "80") and done.stderr == ""
+    return done, {step["step"]: step["result"] for step in steps["steps"]}, (folder / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fail", "options", "wrong"),
+    [
+        ("nothing at all", ["--tune"], []),
+        ("kernels.build", [], ["build"]),
+        ("kernels.check --output_path", [], ["check"]),
+        ("-k on_a_gpu", [], ["checkpoint"]),
+        ("-m kernels.", ["--tune"], ["build", "tune", "check", "memcheck", "racecheck", "bench"]),
+    ],
+)
+def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
+    done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], fail, *options)
+    names = ["build", *(["tune"] if options else []), "check", "memcheck", "racecheck", "checkpoint", "bench"]
+    assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
+    assert done.returncode == bool(wrong)
+    assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
+    assert f"-m kernels.check --output_path {tmp_path}/results/a.json" in calls and calls.count("-m kernels.check --small") == 2
+    assert (tmp_path / "results" / "a.json").exists() == ("check" not in wrong)
+
+
+def test_gpu_check_skips_what_is_not_there(tmp_path):
+    for tool in ("bash", "sh", "cat", "dirname", "mkdir"):  # all that is on the PATH
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
+    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists"
+    wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "bench": "ok"}
+    assert done.returncode == 0 and steps == wanted and "on_a_gpu" not in calls
+
+
 def test_build_command(fake_nvcc):
     done = python("-m", "kernels.build", "--arch", "80,90,70")
     assert fake_nvcc() == 2
     assert re.fullmatch(r"sm_80: \S+/libawrq_sm80.so \(.* s\)\nsm_90: \S+/libawrq_sm90.so \(.* s\)\n", done.stdout)
     *compiling, error = done.stderr.splitlines()
-    assert compiling == ["kernels: compiling for sm_80, once", "kernels: compiling for sm_90, once"]
-    assert done.returncode == 2 and error.startswith("python -m kernels.build: error: --arch 70: must be 80 or more")
+    assert compiling == ["kernels: compiling libawrq_sm80.so, once", "kernels: compiling libawrq_sm90.so, once"]
+    assert done.returncode == 2 and error.startswith("python -m kernels.build: error: compute capability 70: must be 80 or more")
 
 
 @pytest.fixture(scope="session")
@@ -674,6 +889,21 @@ def test_library_without_a_gpu_says_so(compiled, arch):
     for config in ("decode_fused", "decode", "128x64"):
         with pytest.raises(RuntimeError, match=f"{config}: CUDA: .*(driver|device)"):
             cuda.launch(library, x, x.new_empty(1, 2, 32), weight, 8, False, None, config, 1, None, empty)
+
+
+def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, monkeypatch):
+    """As with a driver older than nvcc: on a machine without any driver CUDA says the same."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(cuda, "build", compiled.get)
+    gpu = torch.device("cuda", 0)
+    wrong = r"libawrq_sm80.so does not run on this GPU \(CUDA driver version is insufficient .*\): update its driver"
+    with pytest.raises(ValueError, match=f"--kernel cuda: .*{wrong}"):
+        kernels.select("cuda", gpu)
+    kernel, line = kernels.select("auto", gpu)
+    assert kernel == "torch" and re.search(wrong, line)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: scripts/gpu_check.sh is the whole test on one")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,8 @@ from lm_eval.models.huggingface import HFLM
 import evalutils
 import modelutils
 import quant
-from evalutils import QuantizedLM, accuracies, average, leaves, load_tasks, task_protocol, task_table, zero_shot
+from evalutils import QuantizedLM, accuracies, average, check_fewshot, leaves, load_tasks, task_protocol, task_table, zero_shot
+from gptq import one_thread
 from modelutils import FAMILIES, decoder_blocks, load_model, load_tokenizer, padded, placed, quantize_blocks
 from quant import QuantLinear, Recipe
 
@@ -95,6 +98,21 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch, family, variant):
     assert (scores(8) - alone).abs().max() > 1e-2, "the test would not see padding in the ranges"
 
 
+def test_batches_are_several_times_faster(capsys):
+    """Processor time on one thread, the best of three: other work on the machine then does not count."""
+    model, made, seconds = quantized(), [request for seed in range(6) for request in requests(seed)], {1: [], 16: []}
+    with one_thread():
+        for batch_size in 3 * list(seconds):
+            lm = QuantizedLM(model, toy_tokenizer(), batch_size)
+            start = time.process_time()
+            lm._loglikelihood_tokens(made, disable_tqdm=True)
+            seconds[batch_size].append(time.process_time() - start)
+    ratio = min(seconds[1]) / min(seconds[16])
+    with capsys.disabled():
+        print(f" [batches of 16: {ratio:.1f} times as fast]", end="")
+    assert ratio > 2
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_row_has_the_grid_that_it_has_alone(monkeypatch, per_token):
     """Bit for bit: every input of every linear, in a padded batch, against the same row by itself."""
@@ -153,6 +171,39 @@ def test_a_token_that_the_model_does_not_know():
     lm = QuantizedLM(quantized(), toy_tokenizer())
     with pytest.raises(ValueError, match=f"{len(WORDS)}.*do not belong together"):
         lm._loglikelihood_tokens([(None, [5, len(WORDS)], [6])], disable_tqdm=True)
+
+
+def test_an_answer_longer_than_the_context_is_scored_piece_by_piece():
+    """lm-eval stops there.  Answers that fit are as they were, also in the same batch."""
+    model, n, words = tiny_model("llama", "plain"), 64, token_ids(1, 200)[0].tolist()
+    long, short = (None, words[:5], words[5:160]), (None, words[5:9], words[9:20])
+    lm = QuantizedLM(model, toy_tokenizer(), batch_size=3)
+    with pytest.warns(UserWarning, match="^1 of 2 prompts with an answer are longer than .* 64 tokens"):
+        found = lm._loglikelihood_tokens([long, short], disable_tqdm=True)
+    expected = 0.0
+    for start in range(5, 160, n):
+        end = min(start + n, 160)
+        window = torch.tensor([words[max(0, end - n - 1) : end]])
+        with torch.no_grad():
+            logits = model(window[:, :-1]).logits[0].log_softmax(-1)
+        scores = logits.gather(1, window[0, 1:, None])[:, 0]
+        expected += scores[start - end :].sum().item()
+    (alone,) = HFLM(pretrained=model, tokenizer=toy_tokenizer())._loglikelihood_tokens([short], disable_tqdm=True)
+    assert found == [(pytest.approx(expected, rel=1e-5), False), (pytest.approx(alone[0], rel=1e-5), alone[1])]
+
+
+def test_a_long_prompt_loses_its_start_and_that_is_said(recwarn):
+    model, words = tiny_model("llama", "plain"), token_ids(1, 90)[0].tolist()
+    lm = QuantizedLM(model, toy_tokenizer())
+    ((cut, _),) = lm._loglikelihood_tokens([(None, words[:80], words[80:])], disable_tqdm=True)
+    assert "1 of 1 prompts with an answer are longer" in str(recwarn.pop(UserWarning).message)
+    ((fits, _),) = lm._loglikelihood_tokens([(None, words[25:80], words[80:])], disable_tqdm=True)
+    assert cut == fits and not [w for w in recwarn if "longer" in str(w.message)]
+
+
+def test_an_answer_without_tokens():
+    with pytest.raises(ValueError, match="without a token, after 'Tom is'"):
+        QuantizedLM(quantized(), toy_tokenizer())._loglikelihood_tokens([(("Tom is", " "), [5, 6], [])], disable_tqdm=True)
 
 
 # ---------------------------------------------------------------------------
@@ -264,6 +315,21 @@ def test_storycloze_is_that_of_2018(data):
         load_tasks(["storycloze"], data, skip_missing=True)
 
 
+def test_storycloze_is_converted_as_the_readme_says(tmp_path, monkeypatch):
+    readme = (Path(evalutils.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "storycloze" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DIR/storycloze_2018").mkdir(parents=True)
+    header = "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2"
+    (tmp_path / "cloze_test_val.csv").write_text(f'{header},AnswerRightEnding\nid,One.,"Two, three.",Four.,Five.,"Say ""six"".",Seven.,2\n')
+    exec(code)
+    with pytest.warns(UserWarning, match="evaluated is validation"):
+        (task,) = load_tasks(["storycloze"], tmp_path / "DIR")
+    (doc,) = task.eval_docs
+    assert task.doc_to_text(doc) == "One. Two, three. Four. Five."
+    assert task.doc_to_choice(doc) == ['Say "six".', "Seven."] and int(task.doc_to_target(doc)) == 1
+
+
 @pytest.mark.parametrize(
     ("names", "error", "parts"),
     [
@@ -293,12 +359,39 @@ def test_few_shot_examples_need_their_split(data):
     assert [run["n-shot"]["copa"] for run in found] == [0, 2]
 
 
-@pytest.mark.parametrize(("line", "part"), [("{", "not JSON"), ("", "not JSON")])
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "line 10: not JSON"),
+        ("", "line 10: not JSON"),
+        ("3", "line 10: not an object"),
+        ('{"premise": "word1.", "question": "cause", "label": 0}', "line 10: its fields are premise, question, label, those .* choice1"),
+        (json.dumps(rows_of("copa", 1)[0] | {"label": "one"}), "cannot be loaded"),
+    ],
+)
 def test_a_broken_file_is_named(data, line, part):
     path = data / "copa/validation.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(OSError, match=f"validation.jsonl, line 10: {part}"):
-        load_tasks(["copa"], data)
+    with pytest.raises(ValueError, match=f"copa: .*{part}.*; correct .*copa/validation.jsonl"):
+        load_tasks(["copa"], data, skip_missing=True)
+
+
+def test_a_broken_task_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: [")
+    with pytest.raises(OSError, match="mine.yaml: its data cannot be loaded .*; correct the file") as caught:
+        load_tasks([str(path)])
+    assert "\n" not in str(caught.value) and "--data_dir" not in str(caught.value)
+
+
+def test_more_examples_than_there_are(data):
+    shutil.copy(data / "copa/validation.jsonl", data / "copa/train.jsonl")
+    (task,) = load_tasks(["copa"], data, num_fewshot=10)
+    for n in (None, 0, 8):
+        check_fewshot(task, n)
+        zero_shot(quantized(), toy_tokenizer(), [task], num_fewshot=n, limit=1)
+    with pytest.raises(ValueError, match="--num_fewshot 9: draws from 10 examples or more, copa has 9"):
+        check_fewshot(task, 9)
 
 
 def test_results_are_those_of_the_harness(data):
@@ -334,6 +427,12 @@ def test_the_table():
     assert lines[3] == ["copa", "0", "acc", "awrq W4A8", "0.5000", "0.0300"]
     assert ["piqa", "0", "acc_norm", "full", "0.5000", ""] in lines
     assert lines[-2:] == [["average", "", "acc", "full", "0.5000", "0.0250"], ["average", "", "acc", "awrq W4A8", "0.3750", "0.0250"]]
+
+
+def test_a_metric_after_several_filters_is_told_apart():
+    found = {"results": {"sums": {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}}, "n-shot": {}}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in task_table({"full": found}).splitlines()[2:]]
+    assert [row[2:5] for row in rows] == [["exact_match (strict)", "full", "0.2500"], ["exact_match (flexible)", "full", "0.5000"]]
 
 
 def test_the_average_leaves_out_groups_and_unknown_errors():

@@ -21,9 +21,9 @@
 #define __launch_bounds__(...)
 #define SHARED_MEMORY(name) uint8_t* name = emulator::shared
 
-struct uint2 { uint32_t x, y; };
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 struct Index { int x, y; };
@@ -33,7 +33,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace emulator {
 
-constexpr size_t kStack = 64 * 1024, kSharedLimit = 99 * 1024;  // the least that a GPU of compute capability 8.x offers
+constexpr size_t kStack = 64 * 1024;
 
 struct Copy { void* to; const void* from; bool valid; };
 
@@ -230,9 +230,14 @@ inline void from_float(bfloat_t& to, float v) {
 }
 inline void from_float(float& to, float v) { to = v; }
 
+constexpr int kMaxShared = 99 * 1024;
+
+template <class... Parameters>
+int can_run(void (*)(Parameters...)) { return 0; }
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int bytes, void* stream, Arguments... args) {
-  if (static_cast<size_t>(bytes) > emulator::kSharedLimit) return 1;
+  if (bytes > kMaxShared) return 1;
   emulator::shared = emulator::guarded(bytes, 128);
   emulator::body = [=] { kernel(args...); };
   blockDim = {threads, 1}, gridDim = {grid_x, grid_y};

@@ -1,0 +1,214 @@
+"""Time W4A8 against FP16 on this GPU: python -m kernels.bench [--block] [--models NAMES] [--output_path FILE]
+
+Without --block, the linears of the models, one by one, against PyTorch's products and others' kernels (contenders.py); with it, whole
+decoder blocks and models of random weights (blocks.py).  Every time is a median of rounds, with its 20th and 80th percentile, over so many
+copies of the weights that the L2 cache holds none: replayed as one CUDA graph, and called one by one.  scripts/speedup.sh draws the JSON.
+On a machine without a GPU, tiny models run through the PyTorch path, to see that all of this works; those times say nothing about speed.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from kernels import build, cuda, shapes
+from kernels.contenders import CONTENDERS, Missing
+from kernels.timing import about, ceilings, during, timed, write_json
+
+SCHEMA = 1
+TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+CPU_TOKENS = (1, 17)
+CPU_NOTE = "no GPU: tiny models through the PyTorch path on a CPU, to see that the benchmark runs; these times say nothing about speed"
+NOTHING = dict.fromkeys(("config", "graph", "eager", "reason", "gb_per_second", "tops", "roofline", "ideal_us"))
+
+
+def reason(error):
+    """One line of an error's message."""
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, Missing) else f"{type(error).__name__}: {text}"
+
+
+def both_ways(calls, device, graph=True, **rounds):
+    """{"graph", "eager": timed or None, "reason": why one is None, or None}.  On a CPU there are no graphs."""
+    found = {"graph": None, "eager": None, "reason": None}
+    for way in ("eager", "graph") if graph and device.type == "cuda" else ("eager",):
+        try:
+            found[way] = timed(calls, device, graph=way == "graph", **rounds)
+        except Exception as e:  # whatever a kernel of others or a full memory raises: the other times are still worth having
+            found["reason"] = f"{way}: {reason(e)}"
+    return found
+
+
+def best_time(cell):
+    """By graph where there is one: {"median", "p20", "p80"}, or None."""
+    return cell["graph"] or cell["eager"]
+
+
+def speedup(base, other):
+    """How many times as fast as a cell another is: both by graph, else both called one by one; None if there are no such times."""
+    for way in ("graph", "eager"):
+        if base and other and base[way] and other[way]:
+            return base[way]["median"] / other[way]["median"]
+    return None
+
+
+def ideal_seconds(contender, ceiling, rows, columns, tokens):
+    """The roofline: (bytes that must be moved, operations, seconds that the slower of both takes at the measured ceilings)."""
+    moved = rows * columns * contender.weight_bits / 8 + tokens * (columns * contender.in_bytes + rows * contender.out_bytes)
+    operations = 2 * rows * columns * tokens
+    return moved, operations, max(moved / ceiling["bytes"], operations / ceiling[contender.operations])
+
+
+def rated(found, contender, ceiling, rows, columns, tokens):
+    """What a cell's time means: bytes and operations a second, and the share of the roofline."""
+    moved, operations, ideal = ideal_seconds(contender, ceiling, rows, columns, tokens)
+    time = best_time(found)
+    if time is None:
+        return {"ideal_us": ideal * 1e6}
+    took = time["median"] * 1e-6
+    return {"gb_per_second": moved / took * 1e-9, "tops": operations / took * 1e-12, "roofline": ideal / took, "ideal_us": ideal * 1e6}
+
+
+def bench_layer(rows, columns, tokens, device, ceiling, contenders):
+    """Yields the cells of one layer, contender after contender; one without tokens for a contender that cannot take the layer."""
+    for name, contender in contenders.items():
+        layer = {"rows": rows, "columns": columns, "contender": name}
+        try:
+            calls = contender.make(rows, columns, device)
+        except Exception as e:  # see both_ways
+            yield layer | NOTHING | {"tokens": None, "reason": reason(e)}
+            continue
+        for m in tokens:
+            cell = layer | NOTHING | {"tokens": m, "config": configuration(device, m, rows, columns) if name.startswith("w4a8") else None}
+            try:
+                found = both_ways(calls(m), device, contender.graph)
+                yield cell | found | rated(found, contender, ceiling, rows, columns, m)
+            except Exception as e:  # see both_ways
+                yield cell | {"reason": reason(e)}
+
+
+def configuration(device, tokens, rows, columns):
+    """Which of the CUDA kernels runs, [name, splits]; None on a CPU."""
+    return list(cuda.dispatch(device, tokens, rows, columns, columns)) if device.type == "cuda" else None
+
+
+def bench_layers(models, tokens, device, report, save, contenders=CONTENDERS):
+    """Fill in a report: every layer of some models, each shape once."""
+    report["contenders"] = {name: {"computes": c.computes, "weight_bits": c.weight_bits} for name, c in contenders.items()}
+    report["layers"] = []
+    for rows, columns in dict.fromkeys(shape for name in models for shape in shapes.linears(name)):
+        users = [name for name in models if (rows, columns) in shapes.linears(name)]
+        for cell in bench_layer(rows, columns, tokens, device, report["ceilings"], contenders):
+            report["cells"].append(cell)
+            print(line(cell), flush=True)
+        report["layers"].append({"rows": rows, "columns": columns, "models": users, "clocks": during(device)})
+        save()
+
+
+def summary(report):
+    """Speedups over float16, a line for each layer and a column for each number of tokens; – where there is none."""
+    cells = {(c["rows"], c["columns"], c["tokens"], c["contender"]): c for c in report["cells"]}
+    tokens = sorted({c["tokens"] for c in report["cells"] if c["tokens"]})
+
+    def shown(*at):
+        found = speedup(*(cells.get((*at, name)) for name in ("float16", "w4a8")))
+        return f"{found:.2f}" if found else "–"
+
+    layers = [(layer["rows"], layer["columns"]) for layer in report["layers"]]
+    rows = [[f"{r} x {c}", *(shown(r, c, m) for m in tokens)] for r, c in layers]
+    lines = ["".join(f"{cell:>8}" if i else f"{cell:24}" for i, cell in enumerate(row)) for row in [["speedup, tokens", *tokens], *rows]]
+    return "\n".join(lines)
+
+
+def line(cell):
+    time = best_time(cell)
+    shown = f"{time['median']:9.1f} us  {cell['roofline']:6.1%} of the roofline" if time else f"{'':9}     {cell['reason']}"
+    return f"{cell['rows']:6} x {cell['columns']:5}  {cell['tokens'] or 'any':>5} tokens  {cell['contender']:22} {shown}"
+
+
+# ---------------------------------------------------------------------------
+# Command line
+
+
+def numbers(text):
+    """The whole numbers of a list such as 1,16."""
+    try:
+        found = tuple(int(number) for number in text.split(","))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, separated by commas") from e
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return found
+
+
+def start(device, kind):
+    """A report without cells."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "note": None if device.type == "cuda" else CPU_NOTE,
+        "finished": False,
+        "about": about(device),
+        "protocol": {
+            "weights": "random; copies of more than four times the L2 cache in turn",
+            "times": "microseconds per call: median, 20th and 80th percentile of rounds",
+            "float16": "PyTorch's default settings, which let cuBLAS add up parts in float16",
+        },
+        "ceilings": ceilings(device),
+        "cells": [],
+    }
+
+
+def main(args):
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    models = args.models.split(",") if args.models else list(shapes.TIMED if gpu else shapes.TINY)
+    for name in models:
+        shapes.model(name)
+    if args.blocks is not None and args.blocks < 1:
+        raise ValueError(f"--blocks {args.blocks}: must be at least 1")
+    if args.output_path and not os.access(Path(args.output_path).resolve().parent, os.W_OK):
+        raise OSError(f"--output_path {args.output_path}: cannot write into its folder; give another, or make it")
+    if gpu:
+        cuda.library(device)
+    print(torch.cuda.get_device_name(device) if gpu else CPU_NOTE, flush=True)
+    report = start(device, "blocks" if args.block else "layers")
+
+    def save():
+        if args.output_path:
+            write_json(args.output_path, report)
+
+    if args.block:
+        from kernels.blocks import bench_blocks  # needs transformers
+
+        bench_blocks(models, args.prefill, args.context, args.batch, args.blocks, device, report, save)
+    else:
+        bench_layers(models, args.tokens or (TOKENS if gpu else CPU_TOKENS), device, report, save)
+        print(summary(report))
+    report["finished"] = True
+    save()
+    return report
+
+
+def parser():
+    parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--models", metavar="NAMES", help=f"separated by commas, of {', '.join(shapes.MODELS | shapes.TINY)}")
+    parser.add_argument("--tokens", type=numbers, metavar="M,...", help=f"rows of the activations (default {','.join(map(str, TOKENS))})")
+    parser.add_argument("--block", action="store_true", help="whole decoder blocks and models, in place of their linears")
+    parser.add_argument("--prefill", type=numbers, metavar="T,...", help="with --block: prompts of so many tokens (default 512 to 8192)")
+    parser.add_argument("--context", type=numbers, metavar="T,...", help="with --block: decode behind so many tokens (default 1024,2048)")
+    parser.add_argument("--batch", type=numbers, metavar="B,...", help="with --block: sequences decoded together (default 1 to 64)")
+    parser.add_argument("--blocks", type=int, metavar="N", help="with --block: at most so many in a model (default: all that fit)")
+    parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    p = parser()
+    try:
+        main(p.parse_args())
+    except (build.BuildError, ValueError, OSError) as e:
+        p.exit(2, f"{p.prog}: error: {e}\n")
+    sys.exit()

@@ -1,0 +1,221 @@
+"""What `python -m kernels.bench` times on a layer: the op, PyTorch's own products, and the kernels of others where they are installed.
+
+The adapters to others' kernels give them random numbers in the shapes that they take: good for a time, not for a result.  They were
+written from the interfaces as published and have not been run yet; one that fails is reported as missing, with what it said.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import cuda
+from kernels.timing import enough_copies, random_matrix
+from kernels.tune import random_weight
+
+
+class Missing(Exception):
+    """Why a contender cannot run here."""
+
+
+class Contender(NamedTuple):
+    """make(rows, columns, device) -> calls(tokens) -> [call], one for each copy of the weight.  Both raise Missing.
+
+    What one call computes, in words; what it has to move: bits of a weight, bytes of each number in and out; which ceiling its
+    operations have; whether a CUDA graph can capture it.
+    """
+
+    make: Callable
+    computes: str
+    weight_bits: int
+    in_bytes: int
+    out_bytes: int
+    operations: str
+    graph: bool = True
+
+
+def copies(device, tensor):
+    """Enough copies of a weight that none is in the cache when its turn comes."""
+    return [tensor.clone() for _ in range(enough_copies(device, tensor.nbytes))]
+
+
+# ---------------------------------------------------------------------------
+# Ours
+
+
+def packed_copies(rows, columns, device):
+    weight = random_weight(rows, columns, device=device)
+    return [weight._replace(packed=packed) for packed in copies(device, weight.packed)]
+
+
+def w4a8(rows, columns, device):
+    weights = packed_copies(rows, columns, device)
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.float16, device)[None]
+        return [partial(kernels.w4a8_linear, x, weight) for weight in weights]
+
+    return calls
+
+
+def w4a8_product(rows, columns, device):
+    """The product alone, of codes that were found before: what the op does behind its quantization."""
+    if device.type != "cuda":
+        raise Missing("is a step of the CUDA kernels")
+    weights, library = packed_copies(rows, columns, device), cuda.library(device)
+
+    def calls(tokens):
+        config, parts = cuda.dispatch(device, tokens, rows, columns, columns)
+        if config == "decode_fused":
+            raise Missing("decode_fused quantizes as it multiplies")
+        x, y = random_matrix(tokens, columns, torch.float16, device)[None], torch.empty(1, tokens, rows, dtype=torch.float16, device=device)
+        workspace = functools.cache(partial(torch.empty, dtype=torch.uint8, device=device))
+
+        def run(weight, steps):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            cuda.launch(library, x, y, weight, 8, False, None, config, parts, stream, workspace, steps)
+
+        run(weights[0], cuda.QUANTIZE)
+        return [partial(run, weight, cuda.MULTIPLY) for weight in weights]
+
+    return calls
+
+
+# ---------------------------------------------------------------------------
+# PyTorch
+
+
+def full(dtype, rows, columns, device):
+    weights, bias = copies(device, random_matrix(rows, columns, dtype, device)), torch.randn(rows, device=device).to(dtype)
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, dtype, device)
+        return [partial(F.linear, x, weight, bias) for weight in weights]
+
+    return calls
+
+
+def int8_product(rows, columns, device):
+    weights = copies(device, random_matrix(rows, columns, torch.int8, device))
+
+    def calls(tokens):
+        if tokens <= 16:
+            raise Missing("torch._int_mm takes more than 16 tokens")
+        x = random_matrix(tokens, columns, torch.int8, device)
+        return [partial(torch._int_mm, x, weight.T) for weight in weights]
+
+    return calls
+
+
+def tinygemm(rows, columns, device, group=128):
+    """PyTorch's own product of bfloat16 with 4-bit weights, which torchao uses."""
+    if device.type != "cuda":
+        raise Missing("needs an NVIDIA GPU")
+    if columns % 128 or rows % 8:
+        raise Missing("takes columns in multiples of 128, rows in multiples of 8")
+    q = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
+    weights = copies(device, torch.ops.aten._convert_weight_to_int4pack(q, 8))
+    scale_zero = torch.rand(columns // group, rows, 2, device=device).to(torch.bfloat16)
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.bfloat16, device)
+        return [partial(torch.ops.aten._weight_int4pack_mm, x, weight, group, scale_zero) for weight in weights]
+
+    return calls
+
+
+# ---------------------------------------------------------------------------
+# Others
+
+
+def installed(name, device):
+    """The module.  Raises Missing."""
+    if device.type != "cuda":
+        raise Missing("needs an NVIDIA GPU")
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise Missing(f"{name.partition('.')[0]} is not installed") from e
+
+
+def marlin_weights(rows, columns, device):
+    """Random words in the shape of Marlin's packed 4-bit weights, and scales of whole rows."""
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, (columns // 16, 2 * rows), dtype=torch.int32, device=device)
+    return copies(device, words), torch.rand(1, rows, device=device).to(torch.float16)
+
+
+def marlin(rows, columns, device):
+    module = installed("marlin", device)
+    if rows % 256 or columns % 128:
+        raise Missing("takes rows in multiples of 256, columns in multiples of 128")
+    weights, scale = marlin_weights(rows, columns, device)
+    workspace = torch.zeros(rows // 128 * 16, dtype=torch.int32, device=device)
+
+    def calls(tokens):
+        x, y = random_matrix(tokens, columns, torch.float16, device), torch.empty(tokens, rows, dtype=torch.float16, device=device)
+        return [partial(module.mul, x, weight, y, scale, workspace) for weight in weights]
+
+    return calls
+
+
+def vllm_marlin(rows, columns, device):
+    ops, types = installed("vllm._custom_ops", device), installed("vllm.scalar_type", device).scalar_types
+    if not hasattr(ops, "marlin_gemm"):
+        raise Missing("this vllm has no marlin_gemm")
+    weights, scale = marlin_weights(rows, columns, device)
+    workspace = torch.zeros(torch.cuda.get_device_properties(device).multi_processor_count, dtype=torch.int32, device=device)
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.float16, device)
+        sizes = {"size_m": tokens, "size_n": rows, "size_k": columns}
+        nothing = dict.fromkeys(("c", "b_bias", "a_scales", "global_scale", "b_zeros", "g_idx", "perm"))
+        fixed = nothing | sizes | {"a": x, "b_scales": scale, "workspace": workspace, "b_q_type": types.uint4b8}
+        return [partial(ops.marlin_gemm, b_q_weight=weight, **fixed) for weight in weights]
+
+    return calls
+
+
+def qserve(rows, columns, device):
+    gemm = installed("omniserve_backend.qgemm_w4a8_per_chn", device)
+    weights = copies(device, torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8, device=device))
+    scale, scaled_zero = (torch.rand(rows, device=device).to(torch.float16) for _ in range(2))
+
+    def calls(tokens):
+        x, y = random_matrix(tokens, columns, torch.int8, device), torch.empty(tokens, rows, dtype=torch.float16, device=device)
+        x_scale, x_sum = (torch.rand(tokens, device=device).to(torch.float16) for _ in range(2))
+        return [partial(gemm.gemm_forward_cuda, x, weight, scale, x_scale, scaled_zero, x_sum, y) for weight in weights]
+
+    return calls
+
+
+def torchao(rows, columns, device):
+    ops = installed("torchao.ops", device)
+    if not hasattr(ops, "rowwise_scaled_linear_cutlass_s8s4"):
+        raise Missing("this torchao has no rowwise_scaled_linear_cutlass_s8s4, which left it in 2026")
+    weights = copies(device, torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8, device=device))
+    scale = torch.rand(rows, device=device).to(torch.float16)
+
+    def calls(tokens):
+        x, x_scale = random_matrix(tokens, columns, torch.int8, device), torch.rand(tokens, device=device).to(torch.float16)
+        return [partial(ops.rowwise_scaled_linear_cutlass_s8s4, x, x_scale, weight, scale) for weight in weights]
+
+    return calls
+
+
+FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16)}
+CONTENDERS = {
+    "w4a8": Contender(w4a8, "quantization, product, bias", 4, 2, 2, "int8"),
+    "w4a8 product": Contender(w4a8_product, "product, bias", 4, 1, 2, "int8"),
+    **{name: Contender(partial(full, dtype), "product, bias", 16, 2, 2, name) for name, dtype in FLOATS.items()},
+    "int8 product": Contender(int8_product, "product, int32 out", 8, 1, 4, "int8"),
+    "tinygemm W4A16": Contender(tinygemm, "product", 4, 2, 2, "bfloat16"),
+    "Marlin W4A16": Contender(marlin, "product", 4, 2, 2, "float16"),
+    "vLLM Marlin W4A16": Contender(vllm_marlin, "product", 4, 2, 2, "float16"),
+    "QServe W4A8 product": Contender(qserve, "product", 4, 1, 2, "int8", graph=False),  # it launches on the default stream
+    "torchao W4A8 product": Contender(torchao, "product", 4, 1, 2, "int8"),
+}

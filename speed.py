@@ -1,0 +1,91 @@
+"""How fast a model reads a prompt and decodes: --benchmark_prefill and --benchmark.  By CUDA graphs on a GPU, by plain calls elsewhere."""
+
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import StaticCache
+
+from kernels.timing import captured, seconds
+from modelutils import placed
+
+READS = 5  # times that a prompt is read, after one that does not count
+
+
+def decoder(model, length, device):
+    """step(token ()) -> logits (1, 1, V), which decodes up to `length` tokens one after the other, and in words how it does so.
+
+    With a cache of fixed size, so that one CUDA graph can do every step; a model whose cache cannot be fixed has one that grows.
+    """
+    cache = StaticCache(model.config, max_cache_len=length)
+    if model.config._attn_implementation != "sdpa" or any(layer.is_sliding for layer in cache.layers):
+        return growing(model), "call by call, a growing cache"
+    token, position = (torch.zeros(1, 1, dtype=torch.int64, device=device) for _ in range(2))
+    places = torch.arange(length, device=device).view(1, 1, 1, -1)
+
+    def run():
+        seen = places <= position
+        out = model(token, position_ids=position, attention_mask=seen, past_key_values=cache, use_cache=True)
+        position.add_(1)
+        return out.logits
+
+    how = "call by call, a fixed cache"
+    if device.type == "cuda" and all(p.device == device for p in model.parameters()):  # none that visits the GPU block by block
+        run, how = captured(run, device), "a CUDA graph, a fixed cache"
+        cache.reset()
+        position.zero_()
+
+    def step(new):
+        token.copy_(new)
+        return run()
+
+    return step, how
+
+
+def growing(model):
+    """step(token ()) -> logits (1, 1, V), with a cache that grows."""
+    cache = None
+
+    def step(new):
+        nonlocal cache
+        out = model(new.view(1, 1), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        return out.logits
+
+    return step
+
+
+@torch.no_grad()
+def decode(model, ids, device="cpu", check=False):
+    """Feed ids (N,) to the model one by one, as it decodes: {"ms_per_token": the median, "tokens": N, "how": in words}.
+
+    check: also "ppl", exp of the mean negative log-likelihood of the tokens but the first; each token's activations then have scales of
+    their own.  Raises ValueError if there are fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
+    ids, milliseconds, losses = ids.to(device), [], []
+    with placed(model, device):
+        step, how = decoder(model, len(ids), ids.device)
+        for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
+            start = time.perf_counter()
+            logits = step(ids[i])
+            if ids.device.type == "cuda":
+                torch.cuda.synchronize(ids.device)
+            milliseconds.append(1000 * (time.perf_counter() - start))
+            if check and i + 1 < len(ids):
+                losses.append(F.cross_entropy(logits[0].float(), ids[i + 1 : i + 2]).double())
+    ppl = {"ppl": torch.stack(losses).mean().exp().item()} if check else {}
+    return {"ms_per_token": statistics.median(milliseconds), "tokens": len(ids), "how": how} | ppl
+
+
+@torch.no_grad()
+def prefill(model, ids, device="cpu"):
+    """Read ids (N,) at once, as a prompt, to the logits of what comes next: {"ms": the median, "tokens": N, "tokens_per_second"}."""
+    ids = ids.to(device)[None]
+    with placed(model, device):
+        times = [seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), ids.device) for _ in range(READS + 1)][1:]
+    took = statistics.median(times)
+    return {"ms": 1000 * took, "tokens": ids.numel(), "tokens_per_second": ids.numel() / took}
