@@ -256,7 +256,7 @@ def test_the_search_finds_the_least_output_error(outliers, alpha, wbits, act_bit
     best, least = min(losses.items(), key=lambda item: item[1])
     worth = least < WORTH**2 * lost(plain)
     torch.testing.assert_close(search_scale(X, weights, recipe, rows), torch.tensor(best) if worth else plain)
-    assert worth == (outliers > 0), "the cases are of both kinds"
+    assert worth == (outliers > 0) or act_bits == 16, "the cases are of both kinds"
 
 
 @pytest.mark.parametrize("walk_batch", [1, 3])
@@ -304,7 +304,7 @@ def test_paper_is_the_default():
 def test_a_preset_sets_what_a_single_option_overrides():
     recipe = recipe_of("--method awrq --wbits 4 --preset plus")
     assert {key: getattr(recipe, key) for key in PLUS} == PLUS
-    assert recipe_name(vars(recipe)) in ("awrq W4A8, plus", "awrq W4A8 + smoothing, plus")
+    assert recipe_name(vars(recipe)) == "awrq W4A8, plus"
     changed = recipe_of("--method awrq --wbits 4 --preset plus --clip none --no-actorder")
     assert (changed.clip, changed.actorder) == ("none", False)
     assert {key: getattr(changed, key) for key in PLUS.keys() - {"clip", "actorder"}} == {
@@ -317,7 +317,7 @@ def test_a_preset_sets_what_a_single_option_overrides():
 def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
     bits = " --wbits 3" if METHODS[method].weights else ""
     plain, recipe = recipe_of(f"--method {method}{bits}"), recipe_of(f"--method {method}{bits} --preset plus")
-    assert (recipe != plain) == bool(METHODS[method].weights)
+    assert (recipe != plain) == (method != "full")
     if not METHODS[method].stats:
         assert not recipe.actorder and recipe.grid == "weight" and recipe.target == "layer" and recipe.clip != "hessian"
 
