@@ -359,14 +359,11 @@ def recipe_name(recipe):
     """What a recipe (a dict) is called: method, bits, preset, and every other setting that is used and not the default."""
     method = recipe["method"]
     name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
-    if recipe["smooth"] and False in METHODS[method].smooth:
+    presets = {preset: settings for preset, settings in PRESETS.items() if settings and settings.items() <= recipe.items()}
+    covered = [name for settings in presets.values() for name in settings]
+    if recipe["smooth"] and False in METHODS[method].smooth and "smooth" not in covered:
         name += " + smoothing"
-    left = options(recipe)
-    for preset, settings in PRESETS.items():
-        if settings and settings.items() <= recipe.items():
-            name += f", {preset}"
-            left = {key: value for key, value in left.items() if key not in settings}
-    return name + listed(left)
+    return name + "".join(f", {preset}" for preset in presets) + listed({k: v for k, v in options(recipe).items() if k not in covered})
 
 
 def table(header, rows):

@@ -483,16 +483,13 @@ class FirstSequence:
 
 
 class FirstSequences:
-    """The input of a linear in the first n calibration sequences: (n, T, C)."""
+    """The input of a linear in the first SEARCHED calibration sequences, or as many as there are: (B, T, C)."""
 
-    def __init__(self, n):
-        self.n, self.x = n, None
+    x = None
 
     def add(self, x):
         """x (B, T, C)"""
-        if self.n > 0:
-            self.x = x[: self.n].clone() if self.x is None else torch.cat((self.x, x[: self.n]))
-            self.n -= len(x)
+        self.x = (x if self.x is None else torch.cat((self.x, x)))[:SEARCHED].clone()
 
 
 def output_error(W, x, linear, shift=0):
@@ -517,18 +514,18 @@ def replace_linears(block, groups, batch):
     return linears
 
 
-def smooth_block(block, groups, linears, config, recipe, absmax, samples):
-    """Smooth every group of a block.  All scales come from the original block, before any fold; absmax: {Group: AbsMax}.
+def smooth_block(block, groups, linears, config, recipe, seen):
+    """Smooth every group of a block.  All scales come from the original block, before any fold.
 
-    samples: {Group: FirstSequences} to search alpha on, if the recipe says so.
+    seen: {Group: AbsMax}, or {Group: FirstSequences} to search alpha on, if the recipe says so.
     """
     scales = {}
     for group in groups:
-        act_max, weights = absmax[group].max, [linears[name].weight for name in group.linears]
+        weights = [linears[name].weight for name in group.linears]
         if recipe.smooth_search:
-            scales[group] = search_scale(samples.pop(group).x, act_max, weights, recipe, group.rows(config))
+            scales[group] = search_scale(seen.pop(group).x, weights, recipe, group.rows(config))
         else:
-            scales[group] = smooth_scale(act_max, weights, recipe.alpha, recipe.min)
+            scales[group] = smooth_scale(seen[group].max, weights, recipe.alpha, recipe.min)
     for group, s in scales.items():
         producer = block.get_submodule(group.producer) if group.exact(config) else None
         fold(s, [linears[name] for name in group.linears], producer, group.rows(config))
@@ -553,10 +550,10 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
     first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
     if recipe.smooth:
         with clock("smoothing"):
-            absmax = {group: AbsMax(first[group].weight.shape[1], device) for group in groups}
-            samples = {group: FirstSequences(SEARCHED) for group in groups} if recipe.smooth_search else {}
-            observe(block, x, kwargs, name, {first[g]: (absmax[g], *([samples[g]] if samples else ())) for g in groups})
-            smooth_block(block, groups, linears, config, recipe, absmax, samples)
+            few = x[: -(-SEARCHED // len(x[0]))] if recipe.smooth_search else x
+            seen = {g: FirstSequences() if recipe.smooth_search else AbsMax(first[g].weight.shape[1], device) for g in groups}
+            observe(block, few, kwargs, name, {first[g]: (seen[g],) for g in groups})
+            smooth_block(block, groups, linears, config, recipe, seen)
     steps = [(group,) for group in groups] if recipe.true_sequential else [groups]
     with stream.inside(block, {group.linears[0]: first[group] for group in groups}) if stream else nullcontext():
         for step in steps:
@@ -564,9 +561,9 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
                 sample = {group: FirstSequence() for group in step}
                 stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
                 means = {g: Means(first[g].weight.shape[1], recipe, device) for g in step if recipe.bias_correction}
+                kinds = [kind for kind in (sample, stats, means) if kind]
                 # no name for the observers: statistics must not outlive their group
-                seen = [kind for kind in (sample, stats, means) if kind]
-                observe(block, x, kwargs, name, {first[g]: [kind[g] for kind in seen] for g in step}, stream, step is groups)
+                observe(block, x, kwargs, name, {first[g]: [kind[g] for kind in kinds] for g in step}, stream, step is groups)
             for group in step:
                 names = group.linears
                 originals = [linears[n].weight.data for n in names]
@@ -658,6 +655,8 @@ PRESETS = {  # defaults that take the place of the published ones; single flags 
         "true_sequential": True,
         "target": "stream",
         "bias_correction": True,
+        "smooth": True,
+        "smooth_search": True,
     },
 }
 DTYPES = ("auto", "float16", "bfloat16", "float32")

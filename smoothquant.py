@@ -4,7 +4,8 @@ import torch
 
 from quant import fake_quant_act, from_int, rtn
 
-STEPS = (0, -0.1, 0.1, -0.2, 0.2, -0.3, 0.3)  # what a search adds to alpha
+STEPS = (0, -0.15, 0.15, -0.3, 0.3)  # what a search adds to alpha
+WORTH = 0.85  # of the output error without smoothing: what smoothing must get below to be worth it
 
 
 class AbsMax:
@@ -29,21 +30,26 @@ def tie(s, rows):
     return s if rows is None else s.new_zeros(len(s)).scatter_reduce(0, rows.to(s.device), s, "amax")[rows.to(s.device)]
 
 
-def search_scale(x, act_max, weights, recipe, rows=None):
-    """The smooth_scale, of those with alphas around recipe.alpha, with the least output error sum |W x - Q xq|^2 of all weights.
+def search_scale(x, weights, recipe, rows=None):
+    """The smooth_scale, of those with alphas around recipe.alpha, with the least output error |W x - Q xq| of all weights together: (C,).
 
-    x (B, T, C): some of the inputs.  Activations and weights, all (R, C), are rounded to nearest.
+    x (B, T, C): some of the inputs.  Activations and weights, all (R, C), are rounded to nearest.  That is but a guess at what the solver
+    makes of them, so a scale must gain as much as WORTH says on no smoothing at all; else all are 1.
     """
-    W = torch.cat([W.float() for W in weights])
+    W, act_max = torch.cat([W.float() for W in weights]), x.abs().flatten(0, -2).amax(0).float()
     y = x.float() @ W.T
-    best, least = None, torch.inf
-    for alpha in dict.fromkeys(min(max(recipe.alpha + step, 0), 1) for step in STEPS):
-        s = tie(smooth_scale(act_max, weights, alpha, recipe.min), rows)
+
+    def lost(s):
         xq = fake_quant_act((x / s).to(x.dtype), recipe.act_bits, recipe.act_pertoken).float()
         Q = W * s if recipe.wbits == 16 else from_int(*rtn(W * s, None, recipe, "search"))
-        lost = torch.linalg.vector_norm(y - xq @ Q.T, dtype=torch.float64).item()
-        if lost < least:
-            best, least = s, lost
+        return torch.linalg.vector_norm(y - xq @ Q.T, dtype=torch.float64).item()
+
+    best = torch.ones_like(act_max)
+    least = WORTH * lost(best)
+    for alpha in dict.fromkeys(min(max(recipe.alpha + step, 0), 1) for step in STEPS):
+        s = tie(smooth_scale(act_max, weights, alpha, recipe.min), rows)
+        if (error := lost(s)) < least:
+            best, least = s, error
     return best
 
 

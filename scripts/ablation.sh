@@ -35,12 +35,12 @@ sum-2            --clip hessian --grid reformulated
 sum-3            --clip hessian --grid reformulated --actorder
 sum-4            --clip hessian --grid reformulated --actorder --target stream
 sum-5            --clip hessian --grid reformulated --actorder --target stream --true-sequential
+sum-6            --clip hessian --grid reformulated --actorder --target stream --true-sequential --bias_correction
 plus             --preset plus
 plus-mse         --preset plus --clip mse
 plus-only        --preset plus --target_mix 1
+plus-alpha       --preset plus --no-smooth_search
 plus-pertoken    --preset plus --act_pertoken
-plus-smooth      --preset plus --smooth --no-smooth_search
-plus-search      --preset plus --smooth --smooth_search
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
 

@@ -212,12 +212,13 @@ def read_compact(places):
 
 def without_bits(recipe):
     """What a recipe is called in the ablation."""
-    return recipe_name(recipe | {"wbits": 16, "act_bits": 16}).replace(" W16A16", "")
+    return recipe_name(recipe | {"wbits": 16, "act_bits": 16, "min": DEFAULTS["min"]}).replace(" W16A16", "")  # --min is the script's
 
 
 def spread(values, digits=3):
     """Mean ± half the range (how many)."""
-    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f} ({len(values)})"
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{half} ({len(values)})"
 
 
 def cells(runs, model, number):
