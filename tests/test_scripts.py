@@ -171,6 +171,11 @@ def test_the_table_of_the_ablation(results, tmp_path, capsys):
     assert "- the full model: 5.000" in first and "- W3A8: awrq, plus closes 61 % of 3.100 that awrq loses" in first
 
 
+def test_the_committed_table_is_of_the_committed_numbers():
+    results = SCRIPTS.parent / "results"
+    assert table.ablation([results / "ablation.json"]) in (results / "ablation.md").read_text(encoding="utf-8")
+
+
 def test_llama_skips_finished_cells_and_names_failed_ones(sweep):
     where = {"script": "llama.sh", "MODELS": "x/a b", "MODEL_PREFIX": "my models/", "OUT": "other"}
     done, calls = sweep(fail="b/awrq-w4a6.json", **where)
