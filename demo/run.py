@@ -46,7 +46,7 @@ ROWS = {  # label: (method, smoothing, columns that it is run for)
 LLAMA_COLUMNS = ("W4A8", "W4A6")
 LLAMA_ROWS = {label: (method, smooth, LLAMA_COLUMNS) for label, (method, smooth, columns) in ROWS.items() if columns is COLUMNS}
 TASKS = ("world_deed", "world_why")
-N_ITEMS = 100  # of each task: the first ones
+N_ITEMS = 60  # of each task: the first ones
 FULL = "full (16-bit weights and activations)"
 COLOURS = plt.get_cmap("tab20").colors
 
@@ -155,7 +155,7 @@ def llama(args, folder):
     results, calibrations = run_cells("LLaMA", model, tokenizer, cells, measure)
     print("\nDEMO: a tiny LLaMA that knows the same world. Not the paper's table.")
     print(f"Accuracy in percent on the first {N_ITEMS} items of each task, mean ± half the range over {len(SEEDS)} calibration seeds")
-    print("(chance is 25 for world_deed and 50 for world_why; the standard error of one value is up to 5)\n")
+    print("(chance is 25 for world_deed and 50 for world_why; the standard error of one value is up to 6.5)\n")
     header = ["method", *(f"{task} {column}" for column in LLAMA_COLUMNS for task in TASKS)]
     places = [(column, task) for column in LLAMA_COLUMNS for task in TASKS]
     rows = [[label, *(show([v[task] for v in results[label, column]], 1) for column, task in places)] for label in LLAMA_ROWS]
