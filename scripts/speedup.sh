@@ -15,9 +15,9 @@ fi
 name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') ||
   { echo "speedup.sh: $PYTHON has no PyTorch; set PYTHON" >&2; exit 2; }
 [ -n "$name" ] || { echo "speedup.sh: PyTorch finds no GPU here; give JSON files of one to draw from them" >&2; exit 2; }
-OUT=${OUT:-results/speedup/${name// /_}}
-mkdir -p "$OUT"
+folder=${OUT:-results/speedup/${name// /_}}
+mkdir -p "$folder"
 models=(${MODELS:+--models "$MODELS"})
-"$PYTHON" -m kernels.bench ${models[@]+"${models[@]}"} --output_path "$OUT/layers.json"
-"$PYTHON" -m kernels.bench --block ${models[@]+"${models[@]}"} --output_path "$OUT/blocks.json"
-"$PYTHON" scripts/plot.py "$OUT/layers.json" "$OUT/blocks.json" --out "$OUT"
+"$PYTHON" -m kernels.bench ${models[@]+"${models[@]}"} --output_path "$folder/layers.json"
+"$PYTHON" -m kernels.bench --block ${models[@]+"${models[@]}"} --output_path "$folder/blocks.json"
+"$PYTHON" scripts/plot.py "$folder/layers.json" "$folder/blocks.json" --out "$folder"
