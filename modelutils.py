@@ -471,25 +471,16 @@ class Layer:
 SEARCHED = 8  # sequences that a search for alpha looks at
 
 
-class FirstSequence:
-    """The input of a linear in the first calibration sequence: (T, C)."""
+class FirstSequences:
+    """The input of a linear in the first n calibration sequences, or as many as there are: x (B, T, C)."""
 
-    x = None
+    def __init__(self, n):
+        self.n, self.x = n, None
 
     def add(self, x, target=None):
         """x (B, T, C)"""
-        if self.x is None:
-            self.x = x[0].clone()
-
-
-class FirstSequences:
-    """The input of a linear in the first SEARCHED calibration sequences, or as many as there are: (B, T, C)."""
-
-    x = None
-
-    def add(self, x):
-        """x (B, T, C)"""
-        self.x = (x if self.x is None else torch.cat((self.x, x)))[:SEARCHED].clone()
+        if self.x is None or len(self.x) < self.n:
+            self.x = (x if self.x is None else torch.cat((self.x, x)))[: self.n].clone()
 
 
 def output_error(W, x, linear, shift=0):
@@ -551,14 +542,14 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
     if recipe.smooth:
         with clock("smoothing"):
             few = x[: -(-SEARCHED // len(x[0]))] if recipe.smooth_search else x
-            seen = {g: FirstSequences() if recipe.smooth_search else AbsMax(first[g].weight.shape[1], device) for g in groups}
+            seen = {g: FirstSequences(SEARCHED) if recipe.smooth_search else AbsMax(first[g].weight.shape[1], device) for g in groups}
             observe(block, few, kwargs, name, {first[g]: (seen[g],) for g in groups})
             smooth_block(block, groups, linears, config, recipe, seen)
     steps = [(group,) for group in groups] if recipe.true_sequential else [groups]
     with stream.inside(block, {group.linears[0]: first[group] for group in groups}) if stream else nullcontext():
         for step in steps:
             with clock("statistics"):
-                sample = {group: FirstSequence() for group in step}
+                sample = {group: FirstSequences(1) for group in step}
                 stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
                 means = {g: Means(first[g].weight.shape[1], recipe, device) for g in step if recipe.bias_correction}
                 kinds = [kind for kind in (sample, stats, means) if kind]
@@ -580,7 +571,7 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
                         shift = means[group].correction(W, linears[n].weight)
                         linears[n].bias += shift
                     linears[n].settle(recipe.act_bits, recipe.act_pertoken)
-                    layers.append(Layer(i, n, output_error(W, sample[group].x, linears[n], shift)))
+                    layers.append(Layer(i, n, output_error(W, sample[group].x[0], linears[n], shift)))
     with clock("propagation"):
         propagate(block, x, kwargs, name)
     return layers, codes

@@ -462,13 +462,13 @@ def test_nothing_of_a_block_outlives_it_on_the_device(monkeypatch, method):
             seen.append((f"{what} of {name}", weakref.ref(tensor)))
         return q, grid
 
-    first = modelutils.FirstSequence.add
+    first = modelutils.FirstSequences.add
 
     def keep(self, x):
         first(self, x)
         seen.append(("a first sequence", weakref.ref(self.x)))
 
-    monkeypatch.setattr(modelutils.FirstSequence, "add", keep)
+    monkeypatch.setattr(modelutils.FirstSequences, "add", keep)
     monkeypatch.setitem(METHODS, method, replace(old, stats=Stats, weights=weights))
     quantize(model, IDS, Recipe(method=method, wbits=4, act_bits=8), "cpu", 2, Clock("cpu"))
     assert len(left) == 2 and left[0], "the first block's own weights are there while it is worked on"
