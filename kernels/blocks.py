@@ -82,13 +82,17 @@ def quantize(block):
             block.set_submodule(name, IntegerLinear(random_weight(*linear.weight.shape, device=linear.weight.device)))
 
 
+FAMILY_SIZES = {  # what only a family's configuration has, or names so
+    "llama": lambda m: {"intermediate_size": m.mlp, "num_key_value_heads": m.kv_heads},
+    "opt": lambda m: {"ffn_dim": m.mlp, "word_embed_proj_dim": m.hidden},
+}
+
+
 def configuration(name, positions):
     """transformers' configuration of a model, for sequences of so many tokens."""
     m = shapes.model(name)
-    mlp = {"ffn_dim": m.mlp, "word_embed_proj_dim": m.hidden} if m.family == "opt" else {"intermediate_size": m.mlp}
-    heads = {} if m.family == "opt" else {"num_key_value_heads": m.kv_heads}
     sizes = {"hidden_size": m.hidden, "num_attention_heads": m.heads, "num_hidden_layers": 1, "vocab_size": m.vocab}
-    return AutoConfig.for_model(m.family, **sizes, **mlp, **heads, max_position_embeddings=positions)
+    return AutoConfig.for_model(m.family, **sizes, **FAMILY_SIZES[m.family](m), max_position_embeddings=positions)
 
 
 def build(name, n, contender, device, positions):
