@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -390,6 +390,35 @@ def propagate(block, x, kwargs, name):
         x[k] = run_block(block, h, kwargs, name)
 
 
+@contextmanager
+def repeated(block, part):
+    """While it lasts, a part of a block, the name of a submodule, runs once for each input of the block; its outputs stay in host memory.
+
+    It is for a part that is finished, of a block that runs over the same inputs again because its other parts are not.
+    """
+    module, kept, now = block.get_submodule(part), {}, None
+    forward = module.forward
+
+    def note(block, args):
+        nonlocal now
+        now = id(args[0])  # the inputs of a block live as long as it is worked on
+
+    def once(*args, **kwargs):
+        if now in kept:
+            out, device, rest = kept[now]
+            return out.to(device), *rest
+        out, *rest = forward(*args, **kwargs)
+        kept[now] = out.cpu(), out.device, rest
+        return out, *rest
+
+    module.forward, handle = once, block.register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        del module.forward
+        handle.remove()
+
+
 class Seen(Exception):
     """Raised in a block that has shown all that was asked for: what is left of it need not run."""
 
@@ -532,6 +561,35 @@ def round_group(linears, method, stats, recipe, name):
     return list(zip(q.split(rows), grids, strict=True))
 
 
+def finish_group(i, group, linears, method, stats, means, sample, recipe, clock):
+    """Round the linears of a group of block i, and quantize their inputs from now on: [Layer] and {name: (codes, Grid)}.
+
+    stats, means: what the group was seen to read, or None where that is not needed; sample: a sequence of it, for the errors.
+    """
+    names, codes, layers = group.linears, {}, []
+    originals = [linears[n].weight.data for n in names]
+    if method.weights:
+        with clock("solving"):
+            rounded = round_group([linears[n] for n in names], method, stats, recipe, f"block {i} {'/'.join(names)}")
+        codes = dict(zip(names, rounded, strict=True))
+    for n, W in zip(names, originals, strict=True):
+        shift = 0
+        if n in codes:
+            linears[n].weight.data = from_int(*codes[n])
+        if means and linears[n].bias is not None:
+            shift = means.correction(W, linears[n].weight)
+            linears[n].bias += shift
+        linears[n].settle(recipe.act_bits, recipe.act_pertoken)
+        layers.append(Layer(i, n, output_error(W, sample.x[0], linears[n], shift)))
+    return layers, codes
+
+
+def finished_part(groups, step):
+    """The name of the submodule, attention mostly, whose last groups are those of a step, if others come after it; "" if there is none."""
+    part, *later = (group.linears[0].rpartition(".")[0] for group in groups[groups.index(step[-1]) :])
+    return part if later and part not in later else ""
+
+
 @torch.no_grad()
 def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=None):
     """Quantize decoder block i in place and replace its inputs x, [(B, T, D)], by its outputs: [Layer] and {name: (codes, Grid)}."""
@@ -539,41 +597,34 @@ def quantize_block(i, block, x, kwargs, config, recipe, batch, clock, stream=Non
     groups, method = FAMILIES[config.model_type].groups, METHODS[recipe.method].fitted_to(recipe.target)
     linears = replace_linears(block, groups, batch)
     first = {group: linears[group.linears[0]] for group in groups}  # reads what the whole group reads
+    width = {group: linear.weight.shape[1] for group, linear in first.items()}
+    biased = {group for group in groups if any(linears[n].bias is not None for n in group.linears)}
     if recipe.smooth:
         with clock("smoothing"):
             few = x[: -(-SEARCHED // len(x[0]))] if recipe.smooth_search else x
-            seen = {g: FirstSequences(SEARCHED) if recipe.smooth_search else AbsMax(first[g].weight.shape[1], device) for g in groups}
+            seen = {g: FirstSequences(SEARCHED) if recipe.smooth_search else AbsMax(width[g], device) for g in groups}
             observe(block, few, kwargs, name, {first[g]: (seen[g],) for g in groups})
             smooth_block(block, groups, linears, config, recipe, seen)
     steps = [(group,) for group in groups] if recipe.true_sequential else [groups]
-    with stream.inside(block, {group.linears[0]: first[group] for group in groups}) if stream else nullcontext():
+    with ExitStack() as stack:
+        if stream:
+            stack.enter_context(stream.inside(block, {group.linears[0]: first[group] for group in groups}))
         for step in steps:
             with clock("statistics"):
-                sample = {group: FirstSequences(1) for group in step}
-                stats = {group: method.stats(first[group].weight.shape[1], recipe, device) for group in step} if method.stats else {}
-                means = {g: Means(first[g].weight.shape[1], recipe, device) for g in step if recipe.bias_correction}
-                kinds = [kind for kind in (sample, stats, means) if kind]
+                sample = {g: FirstSequences(1) for g in step}
+                stats = {g: method.stats(width[g], recipe, device) for g in step} if method.stats else {}
+                means = {g: Means(width[g], recipe, device) for g in step if recipe.bias_correction and g in biased}
+                kinds = (sample, stats, means)
                 # no name for the observers: statistics must not outlive their group
-                observe(block, x, kwargs, name, {first[g]: [kind[g] for kind in kinds] for g in step}, stream, step is groups)
-            for group in step:
-                names = group.linears
-                originals = [linears[n].weight.data for n in names]
-                if method.weights:
-                    with clock("solving"):
-                        title = f"{name} {'/'.join(names)}"
-                        rounded = round_group([linears[n] for n in names], method, stats.pop(group, None), recipe, title)
-                    codes |= dict(zip(names, rounded, strict=True))
-                for n, W in zip(names, originals, strict=True):
-                    shift = 0
-                    if n in codes:
-                        linears[n].weight.data = from_int(*codes[n])
-                    if means and linears[n].bias is not None:
-                        shift = means[group].correction(W, linears[n].weight)
-                        linears[n].bias += shift
-                    linears[n].settle(recipe.act_bits, recipe.act_pertoken)
-                    layers.append(Layer(i, n, output_error(W, sample[group].x[0], linears[n], shift)))
-    with clock("propagation"):
-        propagate(block, x, kwargs, name)
+                observe(block, x, kwargs, name, {first[g]: [k[g] for k in kinds if g in k] for g in step}, stream, step is groups)
+            for g in step:
+                done = finish_group(i, g, linears, method, stats.pop(g, None), means.get(g), sample[g], recipe, clock)
+                layers += done[0]
+                codes |= done[1]
+            if finished := finished_part(groups, step):
+                stack.enter_context(repeated(block, finished))
+        with clock("propagation"):
+            propagate(block, x, kwargs, name)
     return layers, codes
 
 

@@ -434,6 +434,43 @@ def test_statistics_live_until_their_group_is_solved(monkeypatch, method, true_s
     assert live == ([1] * 8 if true_sequential else [4, 3, 2, 1] * 2)
 
 
+def count_runs(monkeypatch, module):
+    """A list that grows by one whenever a module of this type has run to its end."""
+    runs, forward = [], type(module).forward
+
+    def counted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        runs.append(1)
+        return out
+
+    monkeypatch.setattr(type(module), "forward", counted)
+    return runs
+
+
+def test_a_repeated_part_gives_to_each_input_its_own_output(monkeypatch, model):
+    """In whatever order they come, and nothing is left of it."""
+    block = decoder_blocks(model)[0]
+    with torch.no_grad():
+        x, kwargs = record_inputs(model, IDS.split(2), "cpu")
+        plain = [run_block(block, h, kwargs, "block 0") for h in x]
+        runs = count_runs(monkeypatch, block.self_attn)
+        with modelutils.repeated(block, "self_attn"):
+            for k in (0, 1, 2, 2, 0, 1):
+                assert torch.equal(run_block(block, x[k], kwargs, "block 0"), plain[k])
+        assert len(runs) == 3
+        run_block(block, x[0], kwargs, "block 0")
+        assert len(runs) == 4 and "forward" not in vars(block.self_attn) and not block._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("true_sequential", "passes"), [(False, 2), (True, 1)])
+def test_finished_attention_runs_once(monkeypatch, model, true_sequential, passes):
+    """In true sequence three passes need its output: those for the other groups, and the one to the next block."""
+    runs = count_runs(monkeypatch, decoder_blocks(model)[0].self_attn)
+    run(model, Recipe(method="awrq", wbits=4, act_bits=8, true_sequential=true_sequential), IDS[:4], walk_batch=2)
+    capture, blocks, batches = 2, 2, 2
+    assert len(runs) == capture + passes * blocks * batches
+
+
 @pytest.mark.parametrize("method", LEARNING)
 def test_nothing_of_a_block_outlives_it_on_the_device(monkeypatch, method):
     """While a block is worked on, no codes, statistics, original weights or inputs of the linears before it are left."""
