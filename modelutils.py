@@ -146,9 +146,9 @@ def load_config(name, script=None):
             f" ({_reason(e)}); a private model needs `hf auth login`"
         ) from e
     if config.model_type not in FAMILIES:
-        raise ValueError(f"{name} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}")
+        raise ValueError(f"{name} is of the {config.model_type} family; supported: {', '.join(FAMILIES)}")
     if script not in (None, FAMILIES[config.model_type].script):
-        raise ValueError(f"{name} is a {config.model_type} model: run it with {FAMILIES[config.model_type].script}")
+        raise ValueError(f"{name} is of the {config.model_type} family: run it with {FAMILIES[config.model_type].script}")
     check_one_attention(config)
     return config
 

@@ -80,7 +80,7 @@ def draw_tokens(report, path):
     """Speedup over float16 against the number of tokens, a panel for each shape, with the roofline."""
     layers, cells = report["layers"], {(c["rows"], c["columns"], c["contender"], c["tokens"]): c for c in report["cells"]}
     tokens = sorted({c["tokens"] for c in report["cells"] if c["tokens"]})
-    ticks = [m for m in tokens if m in (1, 4, 16, 64, 256, 1024, 4096)] or tokens
+    ticks = [m for m in tokens if m in (1, 4, 16, 64, 256, 1024, 4096)] if len(tokens) > 7 else tokens
     others = [name for name in report["contenders"] if name not in COLOURS and name != BASE]
     colours = COLOURS | dict(zip(others, OTHERS, strict=False))
     columns = min(4, len(layers))
