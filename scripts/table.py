@@ -197,6 +197,7 @@ def compact(run):
         "ppl": {corpus: round(found["ppl"], 5) for corpus, found in run["results"]["perplexity"].items()},
         "acc": round(average(list(found.values()))[0], 5) if (found := accuracies(run["results"]["tasks"])) else None,
         "seconds": round(sum(run["seconds"].get(activity, 0) for activity in QUANTIZING), 2),
+        "device_bytes": run["peak_bytes"]["device"],
         "protocol": {corpus: f"{found['windows']} x {found['seqlen']}" for corpus, found in run["results"]["perplexity"].items()}
         | {"calibration": (run["protocol"]["calibration"] or {}).get("source")},
         "commit": run["commit"],
@@ -266,21 +267,26 @@ def ablation(places, file=None):
         accuracy = cells(runs, model, lambda run: run["acc"])
         if accuracy:
             parts.append(ablation_table(f"{model}, mean accuracy of its tasks", accuracy))
-        parts += cost(cells(runs, model, lambda run: run["seconds"] or None))
+        parts += costs(runs, model)
     if file:
         write_json(file, {"runs": runs})
     return "\n\n".join(parts)
 
 
-def cost(seconds):
-    """A line about the time of plus against that of paper: the median over bits and seeds, each pair run one soon after the other."""
-    paper, plus = (seconds.get(name, {}) for name in ("awrq", "awrq, plus"))
-    pairs = [
-        (plus[bits][seed], paper[bits][seed]) for bits in paper.keys() & plus.keys() for seed in paper[bits].keys() & plus[bits].keys()
-    ]
-    if pairs:
-        ratio = statistics.median(ours / published for ours, published in pairs)
-        yield f"- quantizing takes {ratio:.2f} times as long with plus, the median of {len(pairs)} pairs of runs"
+def pairs(found):
+    """[(of plus, of paper)] of the runs that differ in nothing else, which the script runs one soon after the other."""
+    paper, plus = (found.get(name, {}) for name in ("awrq", "awrq, plus"))
+    return [(plus[bits][seed], paper[bits][seed]) for bits in paper.keys() & plus.keys() for seed in paper[bits].keys() & plus[bits].keys()]
+
+
+def costs(runs, model):
+    """Lines about what plus takes beside paper: time, and memory of the device if that is a GPU."""
+    if times := pairs(cells(runs, model, lambda run: run["seconds"] or None)):
+        ratio = statistics.median(ours / published for ours, published in times)
+        yield f"- quantizing takes {ratio:.2f} times as long with plus, the median of {len(times)} pairs of runs"
+    if memory := pairs(cells(runs, model, lambda run: run["device_bytes"])):
+        more = max(ours - published for ours, published in memory) / 2**20
+        yield f"- the GPU's peak memory is at most {more:.0f} MiB larger with plus, of {len(memory)} pairs of runs"
 
 
 def main(args):

@@ -159,13 +159,23 @@ def test_the_ablation_reports_on_text_that_it_did_not_choose_by(ablation, tmp_pa
 
 def test_the_table_of_the_ablation(results, tmp_path, capsys):
     plus = {"method": "awrq", "wbits": 3, "act_bits": 8, **PRESETS["plus"]}
+
+    def took(seconds, mebibytes):
+        def edit(run):
+            run["seconds"], run["peak_bytes"] = {"solving": seconds, "evaluation": 7}, {"host": 1, "device": mebibytes * 2**20}
+
+        return edit
+
     for seed, published, ours in ((0, 8.0, 6.0), (1, 8.2, 6.4)):
-        results(f"m/w3a8-paper-{seed}.json", "/a/m", {"report": published}, method="awrq", wbits=3, act_bits=8, seed=seed)
-        results(f"m/w3a8-plus-{seed}.json", "/a/m", {"report": ours}, seed=seed, **plus)
+        paper = {"method": "awrq", "wbits": 3, "act_bits": 8}
+        results(f"m/w3a8-paper-{seed}.json", "/a/m", {"report": published}, took(2, 100), seed=seed, **paper)
+        results(f"m/w3a8-plus-{seed}.json", "/a/m", {"report": ours}, took(3 + seed, 100 + 20 * seed), seed=seed, **plus)
     results("m/full.json", "/a/m", {"report": 5.0}, method="full")
     file = tmp_path / "compact.json"
     first = table.ablation([tmp_path / "opt"], file)
     assert table.ablation([file]) == first and "/a/m" not in file.read_text()
+    assert "takes 1.75 times as long with plus, the median of 2 pairs" in first
+    assert "the GPU's peak memory is at most 20 MiB larger with plus" in first
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if line.startswith("| ")]
     assert rows == [["", "W3A8"], ["awrq", "8.100 ± 0.100 (2)"], ["awrq, plus", "6.200 ± 0.200 (2)"]]
     assert "- the full model: 5.000" in first and "- W3A8: awrq, plus closes 61 % of 3.100 that awrq loses" in first
