@@ -1,7 +1,5 @@
-"""The numbers: perplexity, tasks of lm-evaluation-harness, and the report that carries every number with its protocol."""
+"""The numbers: perplexity, accuracies of tasks, and the report that carries every number with its protocol."""
 
-import difflib
-import functools
 import importlib.metadata
 import json
 import math
@@ -9,34 +7,22 @@ import os
 import platform
 import resource
 import tempfile
-import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-from unittest.mock import patch
 
-import datasets
-import lm_eval
 import torch
 import torch.nn.functional as F
-from lm_eval.models import huggingface
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable
 from tqdm import tqdm
 
-from datautils import file_source, find_file, parse_json, read_rows
 from kernels.timing import commit, write_json
-from modelutils import FAMILIES, METHODS, PRESETS, check_vocabulary, padded, placed, propagate, record_inputs, walk
+from modelutils import FAMILIES, METHODS, PRESETS, placed, propagate, record_inputs, walk
 from quant import IntLinear, QuantLinear, Recipe
 from speed import decode, prefill
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
-
-
 NEW_EVAL = {"ptb": "ptb-new", "c4": "c4-new"}
-TASKS = {"storycloze": "storycloze_2018"}  # the paper's names that mean something else to lm-eval
 
 # ---------------------------------------------------------------------------
 # All numbers of a run
@@ -54,10 +40,12 @@ def plan(args, config, tokenizer):
     if args.compare_full and args.method == "full" and not args.load:
         raise ValueError("--compare_full: --method full has nothing to compare")
     check_writable(args.output_path)
-    tasks = load_tasks(patterns, args.data_dir, args.num_fewshot, args.skip_missing) if patterns else []
-    for task in leaves(tasks):
-        check_fewshot(task, args.num_fewshot)
-        check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
+    if not patterns:
+        return corpora, []
+    from zeroshot import check_tasks, load_tasks  # where they are needed: lm-eval takes seconds to import
+
+    tasks = load_tasks(patterns, args.data_dir, args.num_fewshot, args.skip_missing)
+    check_tasks(tasks, args.num_fewshot, config, tokenizer)
     return corpora, tasks
 
 
@@ -114,218 +102,19 @@ def perplexity(model, ids, seqlen, device="cpu", walk_batch=1, desc="evaluating"
 # Tasks
 
 
-@functools.cache
-def task_manager(everything):
-    """lm-eval's index of task names, or one that only knows files.  It reads many files for the first, which takes seconds."""
-    return TaskManager(include_defaults=everything)
-
-
-def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
-    """lm-eval's tasks and groups, data included: [Task or Group].  patterns: names, with wildcards as in lm-eval, or YAML files of tasks.
-
-    data_dir: a folder NAME/SPLIT.jsonl[.gz] has the rows of each task, as the hub has them; the hub is then not asked, and groups become
-    their tasks.  Raises ValueError for an unknown task or broken rows, OSError if data is missing.  skip_missing: a warning in place of
-    that, if it leaves some.
-    """
-    manager = task_manager(not all(map(_is_yaml, patterns)))
-    names = [name for pattern in patterns for name in _matching(TASKS.get(pattern, pattern), manager)]
-    if data_dir is not None:
-        names = [leaf for name in names for leaf in ([name] if _is_yaml(name) else _members(name, manager))]
-    loaded = []
-    for name in dict.fromkeys(names):
-        try:
-            here = data_dir is not None and not _is_yaml(name)
-            if here:
-                loaded += _load_local(name, manager, data_dir, num_fewshot)
-            else:
-                remedy = "correct the file or what it reads, or --skip_missing" if _is_yaml(name) else _way_out(name)
-                loaded += _load(name, name, manager, OSError, remedy)
-        except OSError as e:
-            if not skip_missing:
-                raise
-            warnings.warn(f"skipped: {e}", stacklevel=2)
-    if not loaded:
-        raise OSError(f"--tasks {','.join(patterns)}: the data of none of them is there")
-    return loaded
-
-
-def leaves(tasks):
-    """The tasks themselves, those of groups included."""
-    return [leaf for task in tasks for leaf in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
-
-
-def check_fewshot(task, n):
-    """Raises ValueError if a task has too few examples for --num_fewshot n (or None)."""
-    needed = n and n + (task.fewshot_cfg.split == task.config.test_split)  # lm-eval then draws one more, as one may be the item itself
-    if needed and (there := len(list(task.fewshot_docs()))) < needed:
-        raise ValueError(f"--num_fewshot {n}: draws from {needed} examples or more, {task.config.task} has {there}; ask for fewer")
-
-
-def sample_text(task, n=100):
-    """Prompts and answers of the first n items of a task, as far as they are plain text."""
-    texts = (text for doc, _ in zip(task.eval_docs, range(n), strict=False) for text in (task.doc_to_text(doc), task.doc_to_target(doc)))
-    return "\n".join(["a", *(text for text in texts if isinstance(text, str))])
-
-
-def _is_yaml(name):
-    return Path(name).suffix in (".yaml", ".yml")
-
-
-def _matching(pattern, manager):
-    """Names of tasks, groups and tags, or the YAML file itself."""
-    if _is_yaml(pattern):
-        if not Path(pattern).is_file():
-            raise FileNotFoundError(f"--tasks {pattern}: no such file")
-        return [pattern]
-    found = manager.match_tasks([pattern])
-    if not found:
-        near = difflib.get_close_matches(pattern, manager.all_tasks)
-        raise ValueError(f"unknown task {pattern!r}; nearest: {', '.join(near) or 'none'}; `lm_eval ls tasks` prints all")
-    return found
-
-
-def _members(name, manager):
-    """Names of the tasks of a tag or group, or the task's own."""
-    entry = manager.task_index[name]
-    children = sorted(entry.tags) if name in manager.all_tags else entry.cfg["task"] if name in manager.all_groups else None
-    if children is None:
-        return [name]
-    children = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in children]
-    return [leaf for child in children for leaf in _members(child, manager)]
-
-
-def _load(name, spec, manager, error, remedy):
-    """The task, group or tasks of a name, a file or a configuration, with their data.  error, remedy: what is raised if that fails."""
-    try:
-        loaded = manager.load([spec])
-    except Exception as e:  # whatever the hub, the network, or a task's own code raises, the way out is the same
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        raise error(f"{name}: its data cannot be loaded ({reason}); {remedy}") from e
-    grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    members = {group for group in loaded["groups"].values() for group in group.get_all_groups()}
-    return [g for g in loaded["groups"].values() if g not in members] + [t for t in loaded["tasks"].values() if t not in grouped]
-
-
-def _way_out(name, split="validation"):
-    way = f"give --data_dir DIR with {name}/{split}.jsonl in it, or --skip_missing"
-    if name.startswith("storycloze"):
-        way += "; StoryCloze is licensed: ask for it at https://cs.rochester.edu/nlp/rocstories/ and convert it as README.md says"
-    return way
-
-
-def _load_local(name, manager, data_dir, num_fewshot):
-    """A task on the rows of data_dir/name; all else is lm-eval's own, which its YAML includes.  See load_tasks."""
-    config = manager.task_index[name].cfg
-    splits = {use: config.get(f"{use}_split") for use in ("test", "validation", "training", "fewshot")}
-    files = {s: file for s in splits.values() if s and (file := find_file(data_dir, name, s, (".jsonl", ".jsonl.gz")))}
-    needed = [splits["test"] or splits["validation"]]
-    if needed[0] not in files and splits["validation"] in files:
-        warnings.warn(f"{name}: --data_dir {data_dir} has no {name}/{needed[0]}.jsonl; evaluated is validation", stacklevel=2)
-        needed = [splits["validation"]]
-    if num_fewshot or config.get("num_fewshot"):
-        needed.append(next(s for use in ("fewshot", "training", "validation", "test") if (s := splits[use])))
-    for split in needed:
-        if split not in files:
-            raise FileNotFoundError(f"{name}: --data_dir {data_dir} has no {name}/{split}.jsonl; {_way_out(name, split)}")
-    changes = {f"{use}_split": None for use, split in splits.items() if split not in files}  # lm-eval reads what it does not use, too
-    changes |= {"include": str(manager.task_index[name].yaml_path), "dataset_kwargs": {"files": {s: str(f) for s, f in files.items()}}}
-    with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder, f"{name}.yaml")
-        spec.write_text(json.dumps(changes)[:-1] + ', "custom_dataset": !function evalutils.local_rows}', encoding="utf-8")
-        return _load(name, str(spec), manager, ValueError, f"correct {' and '.join(map(str, files.values()))}")
-
-
-def local_rows(files, **_metadata):
-    """The splits of a task, for lm-eval's custom_dataset.  files: {split: file}.  Raises ValueError, naming a broken row."""
-    return datasets.DatasetDict({s: datasets.Dataset.from_list(read_rows(Path(file), _row_parser())) for s, file in files.items()})
-
-
-def _row_parser():
-    """line -> the row that it holds.  All rows have the fields of the first: a missing one would become None, and that a wrong answer."""
-    fields = []
-
-    def parse(line):
-        row = parse_json(line)
-        if not isinstance(row, dict):
-            raise ValueError("not an object with the task's fields")
-        if not fields:
-            fields.extend(row)
-        if set(row) != set(fields):
-            raise ValueError(f"its fields are {', '.join(row)}, those of the lines before {', '.join(fields)}")
-        return row
-
-    return parse
-
-
-def task_protocol(task):
-    """What an lm-eval task is evaluated on: {"split", "source"}."""
-    config = task.config
-    split, kwargs = config.test_split or config.validation_split, config.dataset_kwargs or {}
-    if config.custom_dataset is local_rows:
-        return {"split": split, "source": file_source(Path(kwargs["files"][split]))}
-    return {"split": split, "source": ", ".join(map(str, filter(None, (config.dataset_path, config.dataset_name)))) or "the task's own"}
-
-
-def _pieces(key, context, continuation, size):
-    """A request of lm-eval's scorer, cut into requests of at most `size` tokens of continuation.  Only a whole one keeps its key."""
-    if not continuation:
-        raise ValueError(f"an answer without a token, after {key and key[0][-40:]!r}; correct the rows of the task")
-    for i in range(0, len(continuation), size):
-        yield key if len(continuation) <= size else None, context + continuation[:i], continuation[i : i + size]
-
-
-class QuantizedLM(huggingface.HFLM):
-    """lm-eval's adapter and scorer for a model of transformers, which also tells quantized linears which tokens are padding."""
-
-    lengths = None  # (B,): tokens of each row of the batch to come; None: there is no padding
-
-    def __init__(self, model, tokenizer, batch_size=1):
-        """batch_size: a number or "auto"."""
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-    def _loglikelihood_tokens(self, requests, *args, **kwargs):
-        """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.
-
-        Raises ValueError for a token that the model does not know, and for a continuation without tokens.
-        """
-        check_vocabulary(self.config, [torch.tensor(context + continuation) for _, context, continuation in requests])
-        size = self.max_length
-        cut = sum(len(context) + len(continuation) > size + 1 for _, context, continuation in requests)
-        if cut:  # lm-eval says it of each, on a log that we silence
-            longer = f"{cut} of {len(requests)} prompts with an answer are longer than the model's context, {size} tokens"
-            warnings.warn(f"{longer}; their start is cut off", stacklevel=2)
-
-        def pad(length, rows, **side):
-            self.lengths = torch.tensor([len(row) for row in rows])
-            return huggingface_pad(length, rows, **side)
-
-        # The scorer pads with token 0, which can be a real one, and passes neither lengths nor a mask on: here it still knows them.
-        huggingface_pad = huggingface.pad_and_concat
-        pieces = [list(_pieces(*request, size)) for request in requests]
-        with patch.object(huggingface, "pad_and_concat", pad):
-            scores = iter(super()._loglikelihood_tokens([piece for request in pieces for piece in request], *args, **kwargs))
-        parts = [[next(scores) for _ in request] for request in pieces]
-        return [(sum(score for score, _ in part), all(greedy for _, greedy in part)) for part in parts]
-
-    def _model_call(self, inps, **kwargs):
-        lengths, self.lengths = self.lengths, None
-        real = None if lengths is None else (torch.arange(inps.shape[1]) < lengths[:, None]).to(inps.device)
-        with padded(self.model, real):
-            return super()._model_call(inps, **kwargs)
-
-    def _model_generate(self, context, **kwargs):
-        with padded(self.model, kwargs["attention_mask"].bool()):
-            return super()._model_generate(context, **kwargs)
-
-
 def zero_shot(model, tokenizer, tasks, device="cpu", batch_size=1, num_fewshot=None, limit=None):
     """What lm-eval finds on tasks (see load_tasks), with its versions and settings, ready for JSON.
 
     batch_size: a number or "auto"; results do not depend on it.  num_fewshot: examples before each item, None: as the task says.  limit:
     items per task, or a share of them if below 1.
     """
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    from zeroshot import QuantizedLM, task_manager
+
     with placed(model, device):
-        found = lm_eval.simple_evaluate(
+        found = simple_evaluate(
             QuantizedLM(model, tokenizer, batch_size),
             tasks=tasks,
             num_fewshot=num_fewshot,
@@ -402,7 +191,11 @@ def peak_bytes(device):
 
 def report(args, recipe, model, protocol, tasks, results, full, layers, clock):
     """Everything about one run, ready for JSON.  results, full: of the quantized model, and of the unquantized one if asked for."""
-    protocol = protocol | {"tasks": {task.config.task: task_protocol(task) for task in leaves(tasks)}}
+    protocol = protocol | {"tasks": {}}
+    if tasks:
+        from zeroshot import leaves, task_protocol
+
+        protocol["tasks"] = {task.config.task: task_protocol(task) for task in leaves(tasks)}
     return {
         "schema": SCHEMA,
         "model": args.model,
@@ -491,7 +284,8 @@ def publish(args, report):
         print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}, {decoded['how']}{ppl}")
     for label, read in ((label, run["prefill"]) for label, run in runs.items() if "prefill" in run):
         print(
-            f"reading a prompt of {read['tokens']} tokens, {label}: {read['ms']:.3f} ms, {read['tokens_per_second']:.0f} tokens per second"
+            f"reading a prompt of {read['tokens']} tokens, {label}: {read['ms']:.3f} ms, "
+            f"{read['tokens_per_second']:.0f} tokens per second, {read['how']}"
         )
     print(describe(report))
     if args.output_path:

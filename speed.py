@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and decodes: --benchmark_prefill and --benchmark.  By CUDA graphs on a GPU, by plain calls elsewhere."""
+"""How fast a model reads a prompt and decodes: --benchmark_prefill, by plain calls; --benchmark, on a GPU by a CUDA graph."""
 
 import statistics
 import time
@@ -12,6 +12,11 @@ from kernels.timing import captured, seconds
 from modelutils import placed
 
 READS = 5  # times that a prompt is read, after one that does not count
+
+
+def resident(model, device):
+    """Whether all of it stays on the device; else some blocks visit it, one by one: see placed."""
+    return all(p.device == device for p in model.parameters())
 
 
 def decoder(model, length, device):
@@ -32,7 +37,7 @@ def decoder(model, length, device):
         return out.logits
 
     how = "call by call, a fixed cache"
-    if device.type == "cuda" and all(p.device == device for p in model.parameters()):  # none that visits the GPU block by block
+    if device.type == "cuda" and resident(model, device):
         run, how = captured(run, device), "a CUDA graph, a fixed cache"
         cache.reset()
         position.zero_()
@@ -83,9 +88,10 @@ def decode(model, ids, device="cpu", check=False):
 
 @torch.no_grad()
 def prefill(model, ids, device="cpu"):
-    """Read ids (N,) at once, as a prompt, to the logits of what comes next: {"ms": the median, "tokens": N, "tokens_per_second"}."""
+    """Read ids (N,) at once, as a prompt, to the logits of what comes next: {"ms": the median, "tokens": N, "tokens_per_second", "how"}."""
     ids = ids.to(device)[None]
     with placed(model, device):
+        how = "call by call" + ", blocks copied to the device in each" * (not resident(model, ids.device))
         times = [seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), ids.device) for _ in range(READS + 1)][1:]
     took = statistics.median(times)
-    return {"ms": 1000 * took, "tokens": ids.numel(), "tokens_per_second": ids.numel() / took}
+    return {"ms": 1000 * took, "tokens": ids.numel(), "tokens_per_second": ids.numel() / took, "how": how}

@@ -27,9 +27,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from datautils import calibration, eval_tokens  # noqa: E402
-from evalutils import accuracies, load_tasks, perplexity, table, task_protocol, versions, write_json, zero_shot  # noqa: E402
+from evalutils import accuracies, perplexity, table, versions, write_json, zero_shot  # noqa: E402
 from modelutils import METHODS, load_model, load_tokenizer, quantize_blocks  # noqa: E402
 from quant import Recipe  # noqa: E402
+from zeroshot import load_tasks, task_protocol  # noqa: E402
 
 SEEDS = (0, 1, 2)
 COLUMNS = {"W4A8": (4, 8), "W3A8": (3, 8), "W4A6": (4, 6)}

@@ -31,8 +31,9 @@ import reference
 
 import checkpoint
 import quant
-from evalutils import QuantizedLM, leaves, load_tasks, table, task_manager
+from evalutils import table
 from modelutils import Parser, load_tokenizer, positive, share
+from zeroshot import QuantizedLM, leaves, load_tasks, task_manager
 
 METRICS = ("acc", "acc_norm")  # by log-likelihood, by that per character
 

@@ -16,19 +16,20 @@ import torch
 from conftest import TINY, WORDS, tiny_model, token_ids, toy_tokenizer
 from lm_eval.models.huggingface import HFLM
 
-import evalutils
 import modelutils
 import quant
-from evalutils import QuantizedLM, accuracies, average, check_fewshot, leaves, load_tasks, task_protocol, task_table, zero_shot
+import zeroshot
+from evalutils import accuracies, average, task_table, zero_shot
 from gptq import one_thread
 from modelutils import FAMILIES, decoder_blocks, load_model, load_tokenizer, padded, placed, quantize_blocks
 from quant import QuantLinear, Recipe
+from zeroshot import QuantizedLM, check_fewshot, leaves, load_tasks, task_protocol
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 STORIES = SHARED / "data/models/stories260k"
 needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="the real model and tasks are not part of the repository")
 FIRST_VARIANTS = [(family, next(iter(TINY[family]["variants"]))) for family in FAMILIES]
-FILES = evalutils.task_manager(False)  # lm-eval would read its thousands of task files once more
+FILES = zeroshot.task_manager(False)  # lm-eval would read its thousands of task files once more
 AWRQ = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True)
 
 
@@ -94,7 +95,7 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch, family, variant):
     for batch_size in (3, 8, "auto"):
         torch.testing.assert_close(scores(batch_size), alone, rtol=0, atol=1e-3)
     monkeypatch.setattr(modelutils, "padded", None)
-    monkeypatch.setattr(evalutils, "padded", contextmanager(lambda model, real: (yield)))
+    monkeypatch.setattr(zeroshot, "padded", contextmanager(lambda model, real: (yield)))
     assert (scores(8) - alone).abs().max() > 1e-2, "the test would not see padding in the ranges"
 
 
@@ -162,7 +163,7 @@ def test_generated_text_does_not_depend_on_the_batch(monkeypatch, family, varian
     alone = texts(1)
     assert texts(4) == alone and len(set(alone)) > 1
     seen = []
-    monkeypatch.setattr(evalutils, "padded", lambda model, real: seen.append(real) or padded(model, real))
+    monkeypatch.setattr(zeroshot, "padded", lambda model, real: seen.append(real) or padded(model, real))
     texts(4)
     assert [real.sum(1).tolist() for real in seen] == [sorted((len(prompt.split()) for prompt in prompts), reverse=True)]
 
@@ -316,7 +317,7 @@ def test_storycloze_is_that_of_2018(data):
 
 
 def test_storycloze_is_converted_as_the_readme_says(tmp_path, monkeypatch):
-    readme = (Path(evalutils.__file__).parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(zeroshot.__file__).parent / "README.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "storycloze" in block)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "DIR/storycloze_2018").mkdir(parents=True)
@@ -460,7 +461,7 @@ def test_accuracies_of_a_real_model_equal_the_lm_eval_commands(tmp_path):
     names = ["copa", "piqa", "arc_easy"]
     tasks, model = load_tasks(names, SHARED / "data"), load_model(STORIES)
     ours = zero_shot(model, load_tokenizer(STORIES), tasks, batch_size=8, limit=100)
-    index, files = evalutils.task_manager(True).task_index, []
+    index, files = zeroshot.task_manager(True).task_index, []
     for name in names:
         split = "test" if name == "arc_easy" else "validation"
         others = dict.fromkeys({"training_split", "validation_split", "test_split"} - {f"{split}_split"})
