@@ -114,16 +114,34 @@ def largest_sums(library, device):
         tokens = 1 if config.startswith("decode") else 17
         if cuda.takes(library, config, 1, tokens, 32, 36864, 36864):
             y = poisoned(library, x[:, :tokens].to(device), weight, config, 1)
-            yield config, bool((y == float(np.float32(36864 * 15 * 255))).all())
+            yield config, bool((y.cpu() == float(np.float32(36864 * 15 * 255))).all())
+
+
+def largest_sizes(library, device):
+    """65,536 tokens, and more than 2^31 numbers in and out: the last tokens, each with its own scale, as they are alone.  Takes 10 GB."""
+    for rows, columns in ((128, 36864), (36864, 64)):
+        weight = random_weight(rows, columns, device=device)
+        x = torch.randn(1, 65536, columns, dtype=torch.float16, device=device)
+        y = kernels.w4a8_linear(x, weight, per_token=True)[:, -64:]
+        yield f"{rows}x{columns}", torch.equal(y, kernels.w4a8_linear(x[:, -64:].contiguous(), weight, per_token=True, kernel="torch"))
+
+
+def largest_fused(library, device):
+    """Quantization and product in one kernel, on as many columns as its shared memory takes."""
+    for columns in (2048, 3072, 4096, 6144):
+        if cuda.takes(library, "decode_fused", 1, 16, 128, columns, columns):
+            weight, x = random_weight(128, columns), random_x(1, 16, columns, torch.float16)
+            y = poisoned(library, x.to(device), weight.to(device), "decode_fused", 1)
+            yield f"{columns} columns", torch.equal(y.cpu(), kernels.w4a8_linear(x, weight))
 
 
 def twice_the_same(library, device):
     """Runs of split columns and of groups, eight times over."""
     for config in list(cuda.CONFIGS)[1:]:
         for groupsize in GROUPS[:2]:
-            weight, x = random_weight(512, 4096, groupsize, device), random_x(1, 16, 4096, torch.float16).to(device)
+            weight, x = random_weight(512, 4096, groupsize).to(device), random_x(1, 16, 4096, torch.float16).to(device)
             if cuda.takes(library, config, 8, 16, 512, 4096, weight.groupsize):
-                first, *others = (poisoned(library, x, weight, config, 8) for _ in range(8))
+                first, *others = (poisoned(library, x, weight, config, 8).cpu() for _ in range(8))
                 yield f"{config} g{groupsize}", all(torch.equal(first, y) for y in others)
 
 
@@ -131,7 +149,7 @@ def graphs_and_streams(library, device):
     """Captured, replayed with other data, on another stream, with no wait for the GPU in between."""
     weight = random_weight(768, 1024)
     on_device = weight.to(device)
-    for tokens in (1, 9, 16, 40, 200):
+    for tokens in (1, 9, 16, 40, 200, 1030):
         x, other = (random_x(1, tokens, 1024, torch.float16, seed=seed) for seed in (1, 2))
         fixed = x.to(device)
         kernels.w4a8_linear(fixed, on_device)  # chooses the kernel
@@ -188,6 +206,8 @@ CHECKS = (
     every_number_of_tokens,
     every_layer,
     largest_sums,
+    largest_sizes,
+    largest_fused,
     twice_the_same,
     graphs_and_streams,
     every_gpu,

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
-#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, a packed checkpoint where all of
-#                                        requirements.txt is installed, times of LLaMA-13B's layers
-#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (half an hour)
-# Variables: PYTHON, OUT (the check's JSON, by default results/gpu_check/NAME_OF_THE_GPU.json; beside it go _steps.json, how each step went,
-# written after every step, and _bench.json, the times).  Goes on after a step that fails; exit status 1 if one did.
+#   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, a packed checkpoint and the solver where
+#                                        pytest and transformers are installed, times of LLaMA-13B's layers
+#   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (an hour or two)
+# Variables: PYTHON, OUT (a folder, by default results/gpu_check: NAME_OF_THE_GPU.json, what was compared; _steps.json, how each step went,
+# written after every step; _bench.json, the times).  Goes on after a step that fails; exit status 1 if one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -22,9 +22,10 @@ CODE
 ) || { echo "gpu_check.sh: $PYTHON has no PyTorch; set PYTHON" >&2; exit 2; }
 [ -n "$gpu" ] || { echo "gpu_check.sh: PyTorch finds no GPU here" >&2; exit 2; }
 arch=${gpu%% *} gpu=${gpu#* }
-OUT=${OUT:-results/gpu_check/${gpu// /_}.json}
-STEPS=${OUT%.json}_steps.json
-mkdir -p "$(dirname "$OUT")" && true > "$STEPS" || { echo "gpu_check.sh: $STEPS cannot be written; set OUT" >&2; exit 2; }
+folder=${OUT:-results/gpu_check}
+files=$folder/${gpu// /_}
+STEPS=${files}_steps.json
+mkdir -p "$folder" && true > "$STEPS" || { echo "gpu_check.sh: $STEPS cannot be written; set OUT" >&2; exit 2; }
 
 table="" steps="" failed=0
 note() {  # note STEP SECONDS RESULT: for the table, and into the JSON
@@ -44,25 +45,30 @@ skip() { note "$1" 0 "skipped: $2"; }
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
 step build "$PYTHON" -m kernels.build --arch "$arch"
 [ "${1-}" = --tune ] && step tune "$PYTHON" -m kernels.tune
-step check "$PYTHON" -m kernels.check --output_path "$OUT"
+step check "$PYTHON" -m kernels.check --output_path "$files.json"
 
 sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
+watch=(--report-api-errors no --error-exitcode 9)  # libraries ask the driver for what it may not have: no error of a kernel
 for tool in memcheck racecheck; do
   if [ -z "$sanitizer" ]; then
     skip $tool "no compute-sanitizer"
-  elif ! "$sanitizer" --tool $tool --error-exitcode 9 "$PYTHON" -c "import torch; torch.ones(1).cuda()" > /dev/null 2>&1; then
+  elif ! probe=$("$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -c "import torch; torch.ones(1).cuda()" 2>&1); then
+    echo "$probe"
     skip $tool "compute-sanitizer does not work here"
   else  # without PyTorch's cache every tensor has its own bounds
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" --tool $tool --error-exitcode 9 "$PYTHON" -m kernels.check --small
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m kernels.check --small
   fi
 done
 
-if "$PYTHON" -m pytest --collect-only -q tests/test_kernels.py > /dev/null 2>&1; then
-  step checkpoint "$PYTHON" -m pytest -q tests/test_kernels.py -k on_a_gpu
-else
-  skip checkpoint "needs what requirements.txt lists"
-fi
-step bench "$PYTHON" -m kernels.bench --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${OUT%.json}_bench.json"
+for name in checkpoint:kernels solver:span; do
+  file=tests/test_${name#*:}.py
+  if "$PYTHON" -m pytest --collect-only -q "$file" > /dev/null 2>&1; then
+    step "${name%:*}" "$PYTHON" -m pytest -q "$file" -k on_a_gpu
+  else
+    skip "${name%:*}" "needs what requirements.txt lists"
+  fi
+done
+step bench "$PYTHON" -m kernels.bench --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${files}_bench.json"
 
 printf '\n%s (sm_%s), %s\n%s' "$gpu" "$arch" "$STEPS" "$table"
 exit $failed

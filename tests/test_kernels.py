@@ -804,10 +804,10 @@ def gpu_check(folder, programs, path, fail, *options):
     for name in programs:
         (folder / name).write_text(PROGRAMS[name])
         (folder / name).chmod(0o755)
-    env = {"PATH": f"{folder}:{path}", "PYTHON": f"{folder}/python", "CUDA_HOME": f"{folder}", "OUT": f"{folder}/results/a.json"}
+    env = {"PATH": f"{folder}:{path}", "PYTHON": f"{folder}/python", "CUDA_HOME": f"{folder}", "OUT": f"{folder}/results"}
     env |= {"CALLS": f"{folder}/calls", "FAIL": fail}
     done = subprocess.run(["bash", "scripts/gpu_check.sh", *options], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
-    steps = json.loads((folder / "results" / "a_steps.json").read_text())
+    steps = json.loads((folder / "results" / "NVIDIA_A100_steps.json").read_text())
     assert (steps["gpu"], steps["arch"]) == ("NVIDIA A100", "80") and done.stderr == ""
     return done, {step["step"]: step["result"] for step in steps["steps"]}, (folder / "calls").read_text()
 
@@ -818,18 +818,18 @@ def gpu_check(folder, programs, path, fail, *options):
         ("nothing at all", ["--tune"], []),
         ("kernels.build", [], ["build"]),
         ("kernels.check --output_path", [], ["check"]),
-        ("-k on_a_gpu", [], ["checkpoint"]),
+        ("-k on_a_gpu", [], ["checkpoint", "solver"]),
         ("-m kernels.", ["--tune"], ["build", "tune", "check", "memcheck", "racecheck", "bench"]),
     ],
 )
 def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
     done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], fail, *options)
-    names = ["build", *(["tune"] if options else []), "check", "memcheck", "racecheck", "checkpoint", "bench"]
+    names = ["build", *(["tune"] if options else []), "check", "memcheck", "racecheck", "checkpoint", "solver", "bench"]
     assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
     assert done.returncode == bool(wrong)
     assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
-    assert f"-m kernels.check --output_path {tmp_path}/results/a.json" in calls and calls.count("-m kernels.check --small") == 2
-    assert (tmp_path / "results" / "a.json").exists() == ("check" not in wrong)
+    assert f"-m kernels.check --output_path {tmp_path}/results/NVIDIA_A100.json" in calls and calls.count("-m kernels.check --small") == 2
+    assert (tmp_path / "results" / "NVIDIA_A100.json").exists() == ("check" not in wrong)
 
 
 def test_gpu_check_skips_what_is_not_there(tmp_path):
@@ -837,7 +837,7 @@ def test_gpu_check_skips_what_is_not_there(tmp_path):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
     none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists"
-    wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "bench": "ok"}
+    wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "solver": skipped, "bench": "ok"}
     assert done.returncode == 0 and steps == wanted and "on_a_gpu" not in calls
 
 
