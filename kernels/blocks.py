@@ -5,6 +5,7 @@ same input are one: q/k/v, and gate/up.  All blocks of a model have the same wei
 """
 
 import copy
+import gc
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -76,10 +77,11 @@ def fuse(block):
 
 
 def quantize(block):
-    """Put random W4A8 linears in the place of all linears of a block."""
+    """Put random W4A8 linears in the place of all linears of a block: so small that no sum over many blocks leaves float16."""
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
-            block.set_submodule(name, IntegerLinear(random_weight(*linear.weight.shape, device=linear.weight.device)))
+            weight = random_weight(*linear.weight.shape, device=linear.weight.device)
+            block.set_submodule(name, IntegerLinear(weight._replace(scale=weight.scale / 10, bias=weight.bias / 100)))
 
 
 FAMILY_SIZES = {  # what only a family's configuration has, or names so
@@ -115,17 +117,30 @@ def layers_of(model):
     return model.get_decoder().layers
 
 
+def release(device):
+    """Give back what no tensor uses: a model has cycles, which only the collector finds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def fitting(name, device, most=None):
     """How many FP16 blocks of a model fit, of those that it has."""
     blocks = min(shapes.model(name).blocks, most or math.inf)
     if device.type != "cuda":
         return blocks
+    release(device)
     size = sum(rows * columns * 2 for rows, columns in shapes.block_linears(name))
     return max(1, min(blocks, int(SHARE * torch.cuda.mem_get_info(device)[0] / size)))
 
 
 class FullLayer(StaticLayer):
     """A layer's cache of random keys and values whose last place every new token takes, so that a step can be timed again and again."""
+
+    is_compileable = False  # or transformers makes a mask, with which PyTorch's fastest attention cannot run; the token sees all places
+
+    def get_seq_length(self, *_):
+        return self.max_cache_len - 1
 
     def lazy_initialization(self, key_states, value_states):
         super().lazy_initialization(key_states, value_states)
@@ -144,19 +159,20 @@ class FullLayer(StaticLayer):
 
 
 def prefill_step(model, batch, tokens, device):
-    """A call that reads a prompt: (B, tokens) -> logits of its last token."""
+    """A call that reads a prompt into a cache: (B, tokens) -> logits of its last token.
+
+    Without a cache, transformers looks for several texts in a row, and takes another attention, with a mask, while a graph is captured.
+    """
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=device)
-    positions = torch.arange(tokens, device=device)[None]
-    return partial(model, ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return partial(model, ids, use_cache=True, logits_to_keep=1)
 
 
 def decode_step(model, batch, context, device):
     """A call that decodes one token, the last of `context`: (B, 1) -> logits.  Its cache is full."""
     ids = torch.randint(model.config.vocab_size, (batch, 1), device=device)
     positions = torch.full((1, 1), context - 1, device=device)
-    mask = torch.ones(1, 1, 1, context, dtype=torch.bool, device=device)  # 4-dimensional: taken as it is
     cache = Cache(layers=[FullLayer(max_cache_len=context) for _ in layers_of(model)])
-    return partial(model, ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return partial(model, ids, position_ids=positions, past_key_values=cache, use_cache=True)
 
 
 STEPS = {"prefill": prefill_step, "decode": decode_step}
@@ -193,8 +209,8 @@ def bench_cell(model, phase, batch, tokens, device):
     try:
         with shortened(model):
             cell["block"] = bench.both_ways(block_calls(model, STEPS[phase](model, batch, tokens, device)), device)
+        release(device)
         if device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         step = STEPS[phase](model, batch, tokens, device)
         cell["finite"] = bool(step().logits.isfinite().all())
@@ -203,7 +219,9 @@ def bench_cell(model, phase, batch, tokens, device):
         cell["whole"] = bench.both_ways([step], device, least=1)
     except torch.OutOfMemoryError:
         return cell | {"reason": "out of memory"}
-    cell["reason"] = cell["whole"]["reason"] or cell["block"]["reason"]
+    except RuntimeError as e:  # of CUDA, mostly: the other cells are still worth having, as far as there are any
+        return cell | {"reason": bench.reason(e)}
+    cell["reason"] = cell["whole"]["reason"] or cell["block"]["reason"] or (None if cell["finite"] else "NaN or Inf in the logits")
     time = bench.best_time(cell["whole"])
     if time:
         cell["tokens_per_second"] = batch * (tokens if phase == "prefill" else 1) / (time["median"] * 1e-6)
@@ -225,9 +243,9 @@ def bench_blocks(models, prefill, context, batch, most, device, report, save):
                 where = {"model": name, "phase": phase, "batch": b, "tokens": tokens, "contender": contender}
                 report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
                 print(line(report["cells"][-1]), flush=True)
+                save()
             del model
-            if gpu:
-                torch.cuda.empty_cache()  # what is free decides how many blocks the next one has
+            release(device)  # what is free decides how many blocks the next one has
         report["models"].append({"name": name, "blocks": n, "of": shapes.model(name).blocks, "clocks": during(device)})
         save()
 

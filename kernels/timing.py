@@ -1,5 +1,6 @@
 """How everything here is timed: many copies against the caches, CUDA graphs, the ceilings of a machine, and what machine it is."""
 
+import functools
 import json
 import os
 import platform
@@ -13,12 +14,20 @@ from pathlib import Path
 
 import torch
 
+HEAD_START = 200_000  # cycles: a tenth of a millisecond
+
 
 def enough_copies(device, size):
-    """How many copies of `size` bytes are more than four times the L2 cache of a GPU; at most 64.  1 on a CPU."""
+    """How many copies of `size` bytes are more than four times the L2 cache of a GPU; at most 1024.  1 on a CPU."""
     if device.type != "cuda":
         return 1
-    return max(1, min(64, -(-4 * torch.cuda.get_device_properties(device).L2_cache_size // size)))
+    return max(1, min(1024, -(-4 * torch.cuda.get_device_properties(device).L2_cache_size // size)))
+
+
+@functools.cache
+def side_stream(device):
+    """One for all warm-ups on a device: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def captured(call, device):
@@ -26,8 +35,8 @@ def captured(call, device):
 
     call runs twice before it is captured, as kernels are loaded on first use.
     """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
+    stream = side_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves another one current
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
@@ -45,14 +54,19 @@ def captured(call, device):
     return replay
 
 
-def seconds(call, device):
-    """How long call() takes: by the GPU's own clock where there is one."""
+def seconds(call, device, head_start=0):
+    """How long call() takes: by the GPU's own clock where there is one.
+
+    head_start: so many of its cycles the GPU waits first, in which the host can launch: for calls that are one launch, as a graph is.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):
+        if head_start:
+            torch.cuda._sleep(head_start)
         start.record()
         call()
         end.record()
@@ -73,7 +87,7 @@ def timed(calls, device, graph=True, rounds=7, least=20):
 
     run = captured(everything, device) if graph else everything
     run()
-    times = [seconds(run, device) * 1e6 / len(calls) for _ in range(rounds)]
+    times = [seconds(run, device, HEAD_START * graph) * 1e6 / len(calls) for _ in range(rounds)]
     fifths = statistics.quantiles(times, n=5)
     return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[3]}
 

@@ -98,8 +98,13 @@ def draw_tokens(report, path):
                     *zip(*points, strict=True), color=colour, label=name, marker="o", markersize=3, linewidth=2 if name == OURS else 1
                 )
         ideal = [(cells.get((*shape, BASE, m)), cells.get((*shape, OURS, m))) for m in tokens]
-        roof = [(m, a["ideal_us"] / b["ideal_us"]) for m, (a, b) in zip(tokens, ideal, strict=True) if a and b]
-        axis.plot(*zip(*roof, strict=True), color="black", linestyle="--", linewidth=1, label="roofline, w4a8")
+        roof = [
+            (m, a["ideal_us"] / b["ideal_us"])
+            for m, (a, b) in zip(tokens, ideal, strict=True)
+            if a and b and a["ideal_us"] and b["ideal_us"]
+        ]
+        if roof:
+            axis.plot(*zip(*roof, strict=True), color="black", linestyle="--", linewidth=1, label="roofline, w4a8")
         axis.axhline(1, color="#666666", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [str(m) for m in ticks], fontsize=8)
@@ -191,7 +196,7 @@ def layer_table(report):
     reasons = {c["contender"]: c["reason"] for c in report["cells"] if c["contender"] in others and c["contender"] not in timed}
     notes = [
         f"Slower than FP16 in {slower} of {len(rows)} cells, in bold.",
-        "w4a8 is quantization, product and bias; float16 product and bias.",
+        "w4a8 is quantization, product and bias; float16 the product alone.",
     ]
     notes += [f"Not measured: {name}: {reason}." for name, reason in reasons.items()]
     ceiling = report["ceilings"]
@@ -222,6 +227,7 @@ def block_table(report):
     notes = [
         f"Slower than FP16 in {slower} of {len(rows)} cells, in bold.",
         "Both sides: the same attention, q/k/v as one product, gate/up too.",
+        "Tokens/s are those of the blocks that were run: of a model that has more, they are not its own.",
     ]
     return section(report, "Blocks and models", table(header, rows), notes)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib import image
+from transformers.utils import import_utils
 
 import kernels
 from kernels import bench, blocks, contenders, cuda, shapes, tune
@@ -205,6 +207,25 @@ def test_decoding_is_the_last_token_of_a_prompt(name):
         layer.values.copy_(seen.values)
     for _ in range(2):
         torch.testing.assert_close(step().logits[:, -1], out.logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", blocks.STEPS)
+@pytest.mark.parametrize("name", shapes.TINY)
+@torch.no_grad()
+def test_a_graph_has_the_attention_of_a_plain_call(monkeypatch, name, phase):
+    """Without a mask, which would keep PyTorch from its fastest: transformers decides by whether a graph is being captured, too."""
+    model, attention, masks = blocks.build(name, 2, "float16", CPU, 16), F.scaled_dot_product_attention, []
+
+    def watched(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    step = blocks.STEPS[phase](model, 1, 7, CPU)
+    for capturing in (False, True):
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda capturing=capturing: capturing)
+        step()
+    assert masks == [None] * 4
 
 
 @torch.no_grad()
