@@ -48,7 +48,8 @@ class Moments(gptq.Hessian):
 
     def permute(self, order):
         super().permute(order)
-        self.M = self.M[order][:, order]
+        self.M = self.M[order]
+        self.M = self.M[:, order]
 
 
 class Drift(Moments):

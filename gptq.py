@@ -6,7 +6,7 @@ round the right half.  It computes what the loop over columns computes, in matri
 
 import warnings
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import repeat
 
@@ -45,7 +45,8 @@ class Hessian:
 
     def permute(self, order):
         """Put the columns in another order, (C,)."""
-        self.H = self.H[order][:, order]
+        self.H = self.H[order]  # in two steps, which hold two (C, C) at once, not three
+        self.H = self.H[:, order]
 
 
 def inverse_factor(H, percdamp, name="layer"):
@@ -101,13 +102,27 @@ def sweep(w, L, i, j, unit, work):
     sweep(w, L, m, j, unit, work)
 
 
-def span_kernel(device, blocksize):
-    """kernels.span.round_span where it can run: a GPU, the exact loop, and Triton, which PyTorch for NVIDIA GPUs brings along; or None."""
-    if device.type != "cuda" or blocksize > 1 or find_spec("triton") is None:
+@cache
+def triton_kernel(device):
+    """kernels.span.round_span if Triton, which PyTorch for NVIDIA GPUs brings along, can compile it; or None, with a warning."""
+    if find_spec("triton") is None:
         return None
     from kernels.span import round_span
 
+    try:
+        round_span(*torch.ones(5, 1, 1, device=device), 4)
+    except Exception as e:  # no C compiler, mostly; whatever it is, there is another way
+        reason = str(e).strip().split("\n")[0]
+        warnings.warn(
+            f"Triton compiles nothing here ({reason}): columns are rounded by PyTorch, which takes many times longer", stacklevel=2
+        )
+        return None
     return round_span
+
+
+def span_kernel(device, blocksize):
+    """What rounds a span of columns as one kernel: triton_kernel on a GPU, for the exact loop; else None."""
+    return triton_kernel(device) if device.type == "cuda" and blocksize == 1 else None
 
 
 def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
