@@ -1,6 +1,7 @@
 """Walking a decoder block by block: which linears read what, what a method needs, capture, smoothing, rounding, propagation."""
 
 import argparse
+import gc
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import is_kernels_available
 
 import awrq
 import gptq
@@ -338,6 +340,9 @@ def placed(model, device, memory=None):
     memory: bytes that it may take there; by default three quarters of what is free on a GPU, and no limit on a CPU.  Blocks beyond that
     stay in host memory, and each is copied to the device for the time that it runs.
     """
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what PyTorch keeps for later does not count as free
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if torch.device(device).type == "cuda" else math.inf
     blocks = decoder_blocks(model)
@@ -719,6 +724,10 @@ class Parser(argparse.ArgumentParser):
 
     def run(self, main):
         """main(args); what it raises about bad input, or about NaN met on the way, becomes such a line."""
+        if is_kernels_available():
+            self.error(
+                "Hugging Face's `kernels` is installed: transformers would take our folder of that name for it; pip uninstall kernels"
+            )
         transformers.logging.set_verbosity_error()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", DeprecationWarning)  # those of libraries are not the user's business
