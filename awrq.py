@@ -65,5 +65,10 @@ def reformulate(W, M, U):
 
 
 def quantize(W, stats, recipe, name):
-    """AWRQ on W (R, C) with stats.H, stats.M (C, C), which it uses up: q (R, C) uint8 and its Grid."""
+    """AWRQ on W (R, C) with stats.H, stats.M (C, C), which it uses up: q (R, C) uint8 and its Grid.
+
+    Raises FloatingPointError, as gptq.quantize does, if one of them has NaN or Inf.
+    """
+    if not stats.M.isfinite().all():
+        raise FloatingPointError(f"{name}: NaN or Inf in the statistics of its inputs")
     return gptq.quantize(W, stats, recipe, name, target=lambda W, U: reformulate(W, stats.M, U))

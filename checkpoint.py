@@ -245,7 +245,7 @@ def check_compressed_tensors(recipe, config):
         divided += [name for name in group.linears if recipe.smooth and not group.exact(config)]
     for wrong, lack in (
         (ragged, f"shorter last group, which --groupsize {recipe.groupsize} leaves in {', '.join(ragged)}; give another"),
-        (divided, f"input that is divided at run time, as smoothing needs it for {', '.join(divided)}; leave out --smooth"),
+        (divided, f"input that is divided at run time, as smoothing needs it for {', '.join(divided)}; give --no-smooth"),
         (tokens, f"scale per token for {', '.join(family.flat)} here; leave out --act_pertoken"),
     ):
         if wrong:

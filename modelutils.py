@@ -552,6 +552,8 @@ def smooth_block(block, groups, linears, config, recipe, seen):
         else:
             scales[group] = smooth_scale(seen[group].max, weights, recipe.alpha, recipe.min)
     for group, s in scales.items():
+        if (s == 1).all():  # the search found none worth it: nothing to divide by at run time either
+            continue
         producer = block.get_submodule(group.producer) if group.exact(config) else None
         fold(s, [linears[name] for name in group.linears], producer, group.rows(config))
 

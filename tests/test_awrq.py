@@ -122,3 +122,14 @@ def test_codes_in_half_precision_give_the_moments(bits):
         for stats, bound in ((ours, within), (plain, 1e-6 if name == "H" else 1e-3)):
             off = (getattr(stats, name) - wanted).norm() / wanted.norm()
             assert off <= bound, (name, off)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_named(value):
+    W, X = reference.layer(4, 8)
+    recipe = Recipe("awrq", wbits=4, act_bits=8)
+    stats = awrq.Moments(8, recipe, "cpu")
+    stats.add(X)
+    stats.M[3, 4] = value
+    with pytest.raises(FloatingPointError, match="block 1 fc2: NaN or Inf"):
+        awrq.quantize(W, stats, recipe, "block 1 fc2")

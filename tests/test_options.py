@@ -14,7 +14,7 @@ import opt
 from checkpoint import Store
 from evalutils import recipe_name
 from modelutils import METHODS, PRESETS, decoder_blocks, make_recipe, quantize_blocks
-from quant import Means, Recipe, fake_quant_act, find_grid, from_int, rtn
+from quant import Means, QuantLinear, Recipe, fake_quant_act, find_grid, from_int, rtn
 from smoothquant import STEPS, WORTH, search_scale, smooth_scale
 
 IDS = token_ids(4, 32)
@@ -285,6 +285,14 @@ def test_a_searched_model_is_the_same_function(model):
     ]
     assert all(layer.error < 1e-9 for layer in layers)
     assert (logits(model) - before).norm() < 1e-4 * before.norm()
+
+
+def test_a_search_that_finds_nothing_worth_it_leaves_nothing_to_divide_by(monkeypatch):
+    """Where no norm could take the scale, as in a post-norm OPT, a linear would else divide by 1 for ever."""
+    monkeypatch.setattr(modelutils, "search_scale", lambda x, weights, *_: torch.ones(x.shape[-1]))
+    model = tiny_model("opt", "post-norm")
+    run(model, Recipe(method="smoothquant", wbits=4, act_bits=8, smooth=True, smooth_search=True))
+    assert all(module.in_scale is None for module in model.modules() if isinstance(module, QuantLinear))
 
 
 # ---------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from quant import Recipe
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
+import compare_llmcompressor  # noqa: E402
 import table  # noqa: E402
 
 # ---------------------------------------------------------------------------
@@ -179,6 +180,11 @@ def test_the_table_of_the_ablation(results, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if line.startswith("| ")]
     assert rows == [["", "W3A8"], ["awrq", "8.100 ± 0.100 (2)"], ["awrq, plus", "6.200 ± 0.200 (2)"]]
     assert "- the full model: 5.000" in first and "- W3A8: awrq, plus closes 61 % of 3.100 that awrq loses" in first
+
+
+def test_without_llmcompressor_there_is_a_line_about_it(run_script):
+    status, _, err = run_script(compare_llmcompressor, "a-model", "--data_dir", "a-folder")
+    assert status == 2 and len(err) == 1 and "llmcompressor cannot be imported" in err[0] and "0.14.0.1" in err[0]
 
 
 def test_the_committed_table_is_of_the_committed_numbers():
