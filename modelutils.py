@@ -811,7 +811,7 @@ def add_args(parser, smallest_scale, corpora):
     )
 
     smooth = parser.add_argument_group("smoothing")
-    smooth.add_argument("--smooth", action=SWITCH, default=False, help="smooth activations first (implied by smoothquant)")
+    smooth.add_argument("--smooth", action=SWITCH, help="smooth activations first (default: only smoothquant does)")
     smooth.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
     smooth.add_argument(
         "--min",
@@ -946,7 +946,8 @@ def make_recipe(args, context):
         (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
         (method.stats or args.clip != "hessian", "compensate errors", ("clip",)),
         (method.stats and args.target == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),
-        (True in method.smooth, "smooth", ("smooth",)),
+        (True in method.smooth or not args.smooth, "smooth", ("smooth",)),
+        (False in method.smooth or args.smooth is not False, "go without smoothing", ("smooth",)),
         (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
         (True in method.acts, "quantize activations", ("act_quant",)),
         (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken")),

@@ -959,6 +959,8 @@ def refusals():
             flags = ("--percdamp 0.1", "--actorder", "--true-sequential", "--grid reformulated", "--target stream", "--clip hessian")
             yield from ((f"{start} {flag}", flag) for flag in flags)
         yield f"{start} --target_mix 0.3", "--target_mix 0.3"  # without --target stream, if it can be
+        if False not in row.smooth:
+            yield f"{start} --no-smooth", "--no-smooth"
         if not row.smooth[0]:  # unless it is asked for, if it can be
             yield from ((f"{start} {flag}", flag) for flag in ("--alpha 0.3", "--min 0.2", "--smooth_search"))
         if not row.acts[0]:
@@ -980,6 +982,7 @@ def test_a_setting_that_a_method_cannot_use_is_an_error(line, flag):
         "--method awrq --wbits 4 --smooth --alpha 0.3 --min 0.2 --percdamp 0.1 --actorder --true-sequential --sym --groupsize 64",
         "--method smoothquant --wbits 8 --smooth --alpha 0.3",
         "--method act_only --act_bits 16 --smooth",
+        "--method rtn --wbits 4 --no-smooth",
     ],
 )
 def test_settings_that_go_together(line):
