@@ -541,7 +541,7 @@ def test_transformers_alone_loads_an_export(kind, settings, tmp_path, monkeypatc
     [
         (TYPES[0], {"groupsize": 24}, ["--groupsize 24", "fc1"]),
         (TYPES[0], {"act_pertoken": True}, ["fc1, fc2", "--act_pertoken"]),
-        (TYPES[1], {"smooth": True}, ["q_proj", "fc1", "--smooth"]),
+        (TYPES[1], {"smooth": True}, ["q_proj", "fc1", "--no-smooth"]),
         (TYPES[0], {"method": "act_only", "wbits": 16}, ["act_only"]),
     ],
     ids=str,
