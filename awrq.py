@@ -46,6 +46,9 @@ class Moments(gptq.Hessian):
             gptq.add_product(self.H, q.half(), q.half(), s * s)
             gptq.add_product(self.M, (t / s - q).half(), q.half(), s * s)
 
+    def finite(self):
+        return super().finite() and bool(self.M.isfinite().all())
+
     def permute(self, order):
         super().permute(order)
         self.M = self.M[order]
@@ -65,10 +68,5 @@ def reformulate(W, M, U):
 
 
 def quantize(W, stats, recipe, name):
-    """AWRQ on W (R, C) with stats.H, stats.M (C, C), which it uses up: q (R, C) uint8 and its Grid.
-
-    Raises FloatingPointError, as gptq.quantize does, if one of them has NaN or Inf.
-    """
-    if not stats.M.isfinite().all():
-        raise FloatingPointError(f"{name}: NaN or Inf in the statistics of its inputs")
+    """AWRQ on W (R, C) with stats.H, stats.M (C, C), which it uses up: q (R, C) uint8 and its Grid.  Raises what gptq.quantize raises."""
     return gptq.quantize(W, stats, recipe, name, target=lambda W, U: reformulate(W, stats.M, U))

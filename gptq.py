@@ -43,6 +43,10 @@ class Hessian:
         x = x.flatten(0, -2)
         add_product(self.H, x, x)
 
+    def finite(self):
+        """Whether H can be used: of finite squares too the mean may not be, and damping is a share of it."""
+        return bool(self.H.diagonal().sum().isfinite())
+
     def permute(self, order):
         """Put the columns in another order, (C,)."""
         self.H = self.H[order]  # in two steps, which hold two (C, C) at once, not three
@@ -181,11 +185,11 @@ def quantize(W, stats, recipe, name, target=None):
     """GPTQ on W (R, C) with stats.H (C, C), which it uses up: q (R, C) uint8 and its Grid.
 
     target(W, U) -> (R, C): the weight to round in place of W, in the column order of U.  Columns whose input is always zero get weight
-    zero; if all are, W is rounded to nearest, with a warning.  Raises FloatingPointError if H has NaN or Inf.
+    zero; if all are, W is rounded to nearest, with a warning.  Raises FloatingPointError if the statistics have NaN or Inf.
     """
-    diagonal = stats.H.diagonal()
-    if not diagonal.sum().isfinite():  # of finite squares too, if their mean is not: damping is a share of it
+    if not stats.finite():
         raise FloatingPointError(f"{name}: NaN or Inf in the statistics of its inputs")
+    diagonal = stats.H.diagonal()
     dead = diagonal == 0
     if dead.all():
         warnings.warn(f"{name}: all its calibration inputs are zero; its weights are rounded to nearest", stacklevel=2)
