@@ -62,9 +62,8 @@ def fold(s, linears, producer=None, rows=None):
     """
     folded = s
     if producer is not None and rows is not None:
-        rows = rows.to(s.device)
-        folded = s.new_zeros(len(producer.weight)).scatter_reduce(0, rows, s, "amax")
-        s = folded[rows]
+        s = tie(s, rows)
+        folded = s.new_ones(len(producer.weight)).scatter(0, rows.to(s.device), s)
     for linear in linears:
         linear.weight.mul_(s)
         linear.in_scale = s if producer is None else None
