@@ -1,7 +1,6 @@
 """Walking a decoder block by block: which linears read what, what a method needs, capture, smoothing, rounding, propagation."""
 
 import argparse
-import gc
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from transformers.utils import is_kernels_available
 import awrq
 import gptq
 import quant
+from kernels.timing import release
 from quant import CLIPS, GRIDS, TARGETS, Batch, Grid, IntLinear, Means, QuantLinear, Recipe, from_int
 from smoothquant import AbsMax, fold, search_scale, smooth_scale
 
@@ -340,9 +340,7 @@ def placed(model, device, memory=None):
     memory: bytes that it may take there; by default three quarters of what is free on a GPU, and no limit on a CPU.  Blocks beyond that
     stay in host memory, and each is copied to the device for the time that it runs.
     """
-    if torch.device(device).type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()  # what PyTorch keeps for later does not count as free
+    release(torch.device(device))  # or it would not count as free
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if torch.device(device).type == "cuda" else math.inf
     blocks = decoder_blocks(model)

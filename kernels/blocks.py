@@ -5,7 +5,6 @@ same input are one: q/k/v, and gate/up.  All blocks of a model have the same wei
 """
 
 import copy
-import gc
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 import kernels
 from kernels import bench, shapes
-from kernels.timing import during
+from kernels.timing import during, release
 from kernels.tune import random_weight
 
 PREFILL, CONTEXT, BATCH = (512, 1024, 2048, 4096, 8192), (1024, 2048), (1, 2, 4, 8, 16, 32, 64)
@@ -115,13 +114,6 @@ def build(name, n, contender, device, positions):
 def layers_of(model):
     """The list of decoder blocks."""
     return model.get_decoder().layers
-
-
-def release(device):
-    """Give back what no tensor uses: a model has cycles, which only the collector finds."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def fitting(name, device, most=None):

@@ -1,6 +1,7 @@
 """How everything here is timed: many copies against the caches, CUDA graphs, the ceilings of a machine, and what machine it is."""
 
 import functools
+import gc
 import json
 import os
 import platform
@@ -116,6 +117,13 @@ def random_matrix(rows, columns, dtype, device):
     if dtype == torch.int8:
         return torch.randint(-127, 128, (rows, columns), dtype=dtype, device=device)
     return torch.randn(rows, columns, device=device).to(dtype)
+
+
+def release(device):
+    """Give back the memory that no tensor uses: a model has cycles, which only the collector finds, and PyTorch keeps what it had."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------
