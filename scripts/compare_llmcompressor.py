@@ -7,7 +7,6 @@ needs llmcompressor 0.14.0.1, which is not in requirements.txt, as it asks for o
 """
 
 import argparse
-import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from table import spread
+
 from datautils import calibration, eval_tokens
 from evalutils import perplexity
 from modelutils import Parser, load_model, load_tokenizer, positive
@@ -61,8 +62,7 @@ def main(args):
         found.append(perplexity(model, text, args.seqlen)["ppl"])
         print(f"seed {seed}: {found[-1]:.4f}", flush=True)
     what = "SmoothQuant + GPTQ" if args.smooth else "GPTQ"
-    spread = f"{statistics.mean(found):.3f} ± {(max(found) - min(found)) / 2:.3f} ({len(found)})"
-    print(f"llm-compressor {llmcompressor.__version__}, {what}, W{args.wbits}A8 per token: {spread}")
+    print(f"llm-compressor {llmcompressor.__version__}, {what}, W{args.wbits}A8 per token: {spread(found)}")
 
 
 def parser():
