@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import resource
+import statistics
 import tempfile
 from collections import Counter
 from contextlib import suppress
@@ -238,6 +239,12 @@ def average(values):
     n = len(values)
     errors = [error for _, error in values if error is not None]
     return sum(value for value, _ in values) / n, math.hypot(*errors) / n if len(errors) == n else None
+
+
+def spread(values, digits=3):
+    """Mean ± half the range of a number over seeds."""
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{half}"
 
 
 def task_table(runs):

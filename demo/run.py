@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from datautils import calibration, eval_tokens  # noqa: E402
-from evalutils import accuracies, perplexity, table, versions, write_json, zero_shot  # noqa: E402
+from evalutils import accuracies, perplexity, spread, table, versions, write_json, zero_shot  # noqa: E402
 from modelutils import METHODS, load_model, load_tokenizer, quantize_blocks  # noqa: E402
 from quant import Recipe  # noqa: E402
 from zeroshot import load_tasks, task_protocol  # noqa: E402
@@ -87,11 +87,6 @@ def run_cells(name, model, tokenizer, cells, measure):
     return results, {seed: how for seed, (_, how) in ids.items()}
 
 
-def show(values, digits=3):
-    """mean ± half the range over seeds"""
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
-
-
 def write_results(path, full, cells, results, what, **protocol):
     """One JSON: every value of every cell with its recipe."""
     runs = [{"row": r, "column": c, "recipe": asdict(cells[r, c][k]), what: v} for (r, c), vs in results.items() for k, v in enumerate(vs)]
@@ -131,7 +126,7 @@ def opt(args, folder):
     results, calibrations = run_cells("OPT", model, tokenizer, cells, measure)
     print("\nDEMO: a tiny OPT trained on a generated world, outlier channels planted (powers of two). Not the paper's table.")
     print(f"Perplexity on {evaluation['corpus']} {evaluation['split']}, mean ± half the range over {len(SEEDS)} calibration seeds\n")
-    rows = [[label, *(show(results[label, c]) if (label, c) in results else "" for c in COLUMNS)] for label in ROWS]
+    rows = [[label, *(spread(results[label, c]) if (label, c) in results else "" for c in COLUMNS)] for label in ROWS]
     print(table(["method", *COLUMNS], [[FULL, *[f"{full:.3f}"] * len(COLUMNS)], *rows]))
     rivals = [label for label, (method, _, _) in ROWS.items() if METHODS[method].weights and METHODS[method].acts[0]]
     for column in COLUMNS:
@@ -159,7 +154,7 @@ def llama(args, folder):
     print("(chance is 25 for world_deed and 50 for world_why; the standard error of one value is up to 6.5)\n")
     header = ["method", *(f"{task} {column}" for column in LLAMA_COLUMNS for task in TASKS)]
     places = [(column, task) for column in LLAMA_COLUMNS for task in TASKS]
-    rows = [[label, *(show([v[task] for v in results[label, column]], 1) for column, task in places)] for label in LLAMA_ROWS]
+    rows = [[label, *(spread([v[task] for v in results[label, column]], 1) for column, task in places)] for label in LLAMA_ROWS]
     print(table(header, [[FULL, *(f"{full[task]:.1f}" for _, task in places)], *rows]))
     protocol = {"model": "demo/llama", "evaluation": {task.config.task: task_protocol(task) for task in tasks}, "limit": N_ITEMS}
     write_results(folder / "llama.json", full, cells, results, "accuracy", **protocol, calibration=calibrations)

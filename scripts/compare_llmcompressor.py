@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from table import spread
+from table import counted
 
 from datautils import calibration, eval_tokens
 from evalutils import perplexity
@@ -62,7 +62,7 @@ def main(args):
         found.append(perplexity(model, text, args.seqlen)["ppl"])
         print(f"seed {seed}: {found[-1]:.4f}", flush=True)
     what = "SmoothQuant + GPTQ" if args.smooth else "GPTQ"
-    print(f"llm-compressor {llmcompressor.__version__}, {what}, W{args.wbits}A8 per token: {spread(found)}")
+    print(f"llm-compressor {llmcompressor.__version__}, {what}, W{args.wbits}A8 per token: {counted(found)}")
 
 
 def parser():

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evalutils import DEFAULTS, SCHEMA, accuracies, average, recipe_name, table, write_json
+from evalutils import DEFAULTS, SCHEMA, accuracies, average, recipe_name, spread, table, write_json
 from modelutils import METHODS, Parser
 
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -216,10 +216,9 @@ def without_bits(recipe):
     return recipe_name(recipe | {"wbits": 16, "act_bits": 16, "min": DEFAULTS["min"]}).replace(" W16A16", "")  # --min is the script's
 
 
-def spread(values, digits=3):
+def counted(values, digits=3):
     """Mean ± half the range (how many)."""
-    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{half} ({len(values)})"
+    return f"{spread(values, digits)} ({len(values)})"
 
 
 def cells(runs, model, number):
@@ -235,7 +234,7 @@ def cells(runs, model, number):
 
 def ablation_table(title, found, digits=3):
     columns = sorted({bits for row in found.values() for bits in row}, key=lambda bits: [-int(n) for n in re.findall(r"\d+", bits)])
-    rows = [[name, *(spread(list(row[b].values()), digits) if b in row else "–" for b in columns)] for name, row in found.items()]
+    rows = [[name, *(counted(list(row[b].values()), digits) if b in row else "–" for b in columns)] for name, row in found.items()]
     return "\n".join([f"### {title}", "", table(["", *columns], rows)])
 
 
