@@ -1,4 +1,4 @@
-"""What a quantized number is: the recipe, the grid, rounding, fake-quantized activations and the linear layer that uses them."""
+"""What a quantized number is: the grid, rounding, fake-quantized activations and the linear layer that uses them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,59 +9,6 @@ from torch import nn
 
 import kernels
 from kernels import act_codes
-
-GRIDS = ("weight", "reformulated")
-TARGETS = ("layer", "stream")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every setting that changes a number.  16 bits means: not quantized.  Raises ValueError for a setting out of range."""
-
-    method: str = "full"
-    wbits: int = 16
-    act_bits: int = 16
-    groupsize: int = -1  # columns that share one weight scale; -1: the whole row
-    blocksize: int = 1  # columns rounded jointly; -1: one hundredth of the row
-    sym: bool = False
-    grid: str = "weight"  # what row grids are found from: the weight, or its reformulation, which is then rounded from the first column on
-    clip: str = "none"  # how far the range of a grid may shrink: see CLIPS
-    act_pertoken: bool = False
-    smooth: bool = False
-    alpha: float = 0.5
-    min: float = 0.1
-    smooth_search: bool = False  # alpha is where the search starts from
-    percdamp: float = 0.01
-    actorder: bool = False
-    true_sequential: bool = False
-    target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
-    target_mix: float = 0.5  # share of the latter
-    bias_correction: bool = False
-    calib_data: str = "c4"
-    nsamples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, ok, allowed in (
-            ("wbits", self.wbits in (2, 3, 4, 5, 6, 7, 8, 16), "2 to 8, or 16 for unquantized weights"),
-            ("act_bits", self.act_bits in (4, 5, 6, 7, 8, 16), "4 to 8, or 16 for unquantized activations"),
-            ("groupsize", self.groupsize == -1 or self.groupsize > 0, "a positive number of columns, or -1 for whole rows"),
-            ("blocksize", self.blocksize == -1 or self.blocksize > 0, "a positive number of columns, or -1 for one hundredth of them"),
-            ("grid", self.grid in GRIDS, " or ".join(GRIDS)),
-            ("clip", self.clip in CLIPS, ", ".join(CLIPS)),
-            ("target", self.target in TARGETS, " or ".join(TARGETS)),
-            ("target_mix", 0 <= self.target_mix <= 1, "between 0, the layer's own input, and 1, the unquantized model's"),
-            ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
-            ("min", 0 < self.min < float("inf"), "positive"),
-            ("percdamp", 0 <= self.percdamp < float("inf"), "0 or more, for example 0.01"),
-            ("nsamples", self.nsamples > 0, "a positive number of sequences"),
-            ("seqlen", self.seqlen > 1, "at least 2 tokens"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not ok:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
-
 
 # ---------------------------------------------------------------------------
 # Weights

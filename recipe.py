@@ -1,0 +1,117 @@
+"""What a run is asked for: the recipe, the methods and presets, and the names that flags take.  Imports no torch, so that --help is quick."""
+
+from dataclasses import dataclass, replace
+
+
+class UsageError(ValueError):
+    """Something that the user gave cannot be used: the message names it and the way out.  The scripts print it as one line."""
+
+
+GRIDS = ("weight", "reformulated")
+CLIPS = ("none", "mse", "hessian")
+TARGETS = ("layer", "stream")
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+EXPORTS = ("compressed-tensors",)
+KERNELS = ("auto", "cuda", "torch")
+
+# ---------------------------------------------------------------------------
+# Methods
+
+NEVER, OPTIONAL, ALWAYS = (False,), (False, True), (True,)  # the first is the default
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is, and what it allows.
+
+    weights: the function (W, stats, recipe, name) -> codes, Grid that rounds a weight; stats: the class of the statistics that it needs.
+    Both are "module:name", resolved when a block is quantized.  acts, smooth: whether activations are quantized and smoothed.
+    stream: the weights and stats that take their place with --target stream, where others do.
+    """
+
+    weights: str | None = None
+    stats: str | None = None
+    acts: tuple[bool, ...] = NEVER
+    smooth: tuple[bool, ...] = NEVER
+    stream: tuple[str, str] | None = None
+
+    def fitted_to(self, target):
+        """The method for a target, "layer" or "stream"."""
+        return self if target == "layer" or not self.stream else replace(self, weights=self.stream[0], stats=self.stream[1])
+
+
+METHODS = {
+    "full": Method(),
+    "act_only": Method(acts=ALWAYS, smooth=OPTIONAL),
+    "rtn": Method("quant:rtn", acts=ALWAYS),
+    "smoothquant": Method("quant:rtn", acts=ALWAYS, smooth=ALWAYS),
+    "gptq": Method("gptq:quantize", "gptq:Hessian", acts=OPTIONAL, smooth=OPTIONAL, stream=("awrq:quantize", "awrq:Drift")),
+    "awrq": Method("awrq:quantize", "awrq:Moments", acts=ALWAYS, smooth=OPTIONAL),
+}
+
+PRESETS = {  # defaults that take the place of the published ones; single flags override them
+    "paper": {},
+    "plus": {
+        "grid": "reformulated",
+        "clip": "hessian",
+        "actorder": True,
+        "true_sequential": True,
+        "target": "stream",
+        "bias_correction": True,
+        "smooth": True,
+        "smooth_search": True,
+    },
+}
+
+# ---------------------------------------------------------------------------
+# The recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting that changes a number.  16 bits means: not quantized.  Raises UsageError for a setting out of range."""
+
+    method: str = "full"
+    wbits: int = 16
+    act_bits: int = 16
+    groupsize: int = -1  # columns that share one weight scale; -1: the whole row
+    blocksize: int = 1  # columns rounded jointly; -1: one hundredth of the row
+    sym: bool = False
+    grid: str = "weight"  # what row grids are found from: the weight, or its reformulation, which is then rounded from the first column on
+    clip: str = "none"  # how far the range of a grid may shrink: see quant.CLIPS
+    act_pertoken: bool = False
+    smooth: bool = False
+    alpha: float = 0.5
+    min: float = 0.1
+    smooth_search: bool = False  # alpha is where the search starts from
+    percdamp: float = 0.01
+    actorder: bool = False
+    true_sequential: bool = False
+    target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
+    target_mix: float = 0.5  # share of the latter
+    bias_correction: bool = False
+    calib_data: str = "c4"
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, ok, allowed in (
+            ("method", self.method in METHODS, ", ".join(METHODS)),
+            ("wbits", self.wbits in (2, 3, 4, 5, 6, 7, 8, 16), "2 to 8, or 16 for unquantized weights"),
+            ("act_bits", self.act_bits in (4, 5, 6, 7, 8, 16), "4 to 8, or 16 for unquantized activations"),
+            ("groupsize", self.groupsize == -1 or self.groupsize > 0, "a positive number of columns, or -1 for whole rows"),
+            ("blocksize", self.blocksize == -1 or self.blocksize > 0, "a positive number of columns, or -1 for one hundredth of them"),
+            ("grid", self.grid in GRIDS, " or ".join(GRIDS)),
+            ("clip", self.clip in CLIPS, ", ".join(CLIPS)),
+            ("target", self.target in TARGETS, " or ".join(TARGETS)),
+            ("target_mix", 0 <= self.target_mix <= 1, "between 0, the layer's own input, and 1, the unquantized model's"),
+            ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
+            ("min", 0 < self.min < float("inf"), "positive"),
+            ("percdamp", 0 <= self.percdamp < float("inf"), "0 or more, for example 0.01"),
+            ("nsamples", self.nsamples > 0, "a positive number of sequences"),
+            ("seqlen", self.seqlen > 1, "at least 2 tokens"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not ok:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be {allowed}")
