@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from recipe import UsageError
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")  # of a split's file: rows are lines, or JSON objects with a field "text"
 
 
@@ -135,7 +137,7 @@ def calibration(name, tokenizer, nsamples, seqlen, seed=0, data_dir=None):
     """Random windows, drawn as the published loaders draw: (ids (nsamples, seqlen) int64, protocol: a dict for the results JSON).
 
     seqlen is in tokens, the tokenizer's own special ones included.  With data_dir the hub is never asked.
-    ValueError: unknown or unsuitable corpus, too little text, a broken file.  OSError: no such file (FileNotFoundError), or the hub failed.
+    UsageError: unknown or unsuitable corpus, too little text, a broken file.  OSError: no such file (FileNotFoundError), or the hub failed.
     """
     assert min(nsamples, seqlen) > 0, f"{nsamples=} {seqlen=}"
     corpus, split, file = _locate(name, "calib_splits", data_dir)
@@ -154,18 +156,17 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None):
     rows, source = _read(name, corpus, split, file)
     ids, rule = corpus.cut.tokens(rows, _encoder(tokenizer), seqlen, f"{name} {split}")
     if len(ids) < seqlen:
-        raise ValueError(f"{name} {split} has {len(ids)} tokens, not one window of seqlen {seqlen}; use a shorter seqlen or more text")
+        raise UsageError(f"{name} {split} has {len(ids)} tokens, not one window of seqlen {seqlen}; use a shorter seqlen or more text")
     return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
 
 
 def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None):
     """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
 
-    recipe: a quant.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
-    protocol.  clock: a modelutils.Clock.  Raises what check_corpora (first), calibration and eval_tokens raise.
+    recipe: a recipe.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
+    protocol.  clock: a runtime.Clock.  Raises what calibration and eval_tokens raise.
     """
     calibrates = recipe.method != "full" and calibration_done is None
-    check_corpora(recipe.calib_data if calibrates else None, corpora, data_dir)
     ids, used = None, calibration_done
     if calibrates:
         with clock("calibration"):
@@ -179,13 +180,13 @@ def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None
 def check_corpora(calib_name, eval_names, data_dir=None):
     """Cheap checks before long work: each corpus is known, its file is there, and no text is used twice.  calib_name None: no calibration.
 
-    Raises ValueError or FileNotFoundError.  The text is read later.
+    Raises UsageError or FileNotFoundError.  The text is read later.
     """
     calib = None if calib_name is None else _identity(*_locate(calib_name, "calib_splits", data_dir))
     for name in eval_names:
         corpus, split, file = _locate(name, "eval_splits", data_dir)
         if _identity(corpus, split, file) == calib:
-            raise ValueError(f"calibration on {calib_name} and evaluation on {name} would share {corpus.folder}/{split}; change one")
+            raise UsageError(f"calibration on {calib_name} and evaluation on {name} would share {corpus.folder}/{split}; change one")
 
 
 # ---- where the text is ----
@@ -195,7 +196,7 @@ def _locate(name, use, data_dir):
     splits = getattr(corpus, use)
     if not splits:
         known = ", ".join(key for key, row in CORPORA.items() if row.calib_splits)
-        raise ValueError(f"{name} is for evaluation only; calibrate on one of {known}")
+        raise UsageError(f"{name} is for evaluation only; calibrate on one of {known}")
     if data_dir is None:
         return corpus, splits[0], None
     for split in splits:
@@ -205,10 +206,10 @@ def _locate(name, use, data_dir):
 
 
 def find_file(data_dir, folder, split, suffixes=SUFFIXES):
-    """data_dir/folder/split.SUFFIX, or None if there is none.  Raises ValueError if there are several."""
+    """data_dir/folder/split.SUFFIX, or None if there is none.  Raises UsageError if there are several."""
     files = [file for suffix in suffixes if (file := Path(data_dir, folder, split + suffix)).is_file()]
     if len(files) > 1:
-        raise ValueError(f"{folder}: {' and '.join(map(str, files))} are the same split; keep one of them")
+        raise UsageError(f"{folder}: {' and '.join(map(str, files))} are the same split; keep one of them")
     return files[0] if files else None
 
 
@@ -220,7 +221,7 @@ def _corpus(name, data_dir):
         return CORPORA[name]
     if name in folders:  # so that no name leads out of data_dir
         return Corpus(name)
-    raise ValueError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}; folders of --data_dir: {', '.join(folders) or 'none'}")
+    raise UsageError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}; folders of --data_dir: {', '.join(folders) or 'none'}")
 
 
 def _file_names(corpus, split):
@@ -237,7 +238,7 @@ def _read(name, corpus, split, file):
     """(rows: a sequence of str, source: where they are from, without any path of this machine)."""
     rows, source = _read_file(corpus, file) if file else _read_hub(name, corpus, split)
     if not any(row.strip() for row in rows):
-        raise ValueError(f"{name}: its {split} split is empty ({file or source}); use another corpus")
+        raise UsageError(f"{name}: its {split} split is empty ({file or source}); use another corpus")
     return rows, source
 
 
@@ -264,33 +265,33 @@ def file_source(file):
 
 
 def read_rows(file, parse):
-    """[parse(line)] of a text file, which may be gzipped.  ValueError, naming file and line, if it is broken or parse refuses a line."""
+    """[parse(line)] of a text file, which may be gzipped.  UsageError, naming file and line, if it is broken or parse refuses a line."""
     rows = []
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
             for line in lines:
                 rows.append(parse(line))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: broken gzip ({error}); fetch it again") from error
+        raise UsageError(f"{file}: broken gzip ({error}); fetch it again") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error.reason}); convert it") from error
+        raise UsageError(f"{file}: not UTF-8 ({error.reason}); convert it") from error
     except ValueError as error:
-        raise ValueError(f"{file}, line {len(rows) + 1}: {error}") from error
+        raise UsageError(f"{file}, line {len(rows) + 1}: {error}") from error
     return rows
 
 
 def parse_json(line):
-    """What a line of a .jsonl file holds.  ValueError if it is not JSON."""
+    """What a line of a .jsonl file holds.  UsageError if it is not JSON."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+        raise UsageError(f"not JSON ({error.msg} at column {error.colno})") from error
 
 
 def _json_text(line):
     record = parse_json(line)
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError('no string field "text"')
+        raise UsageError('no string field "text"')
     return record["text"]
 
 
@@ -302,6 +303,6 @@ def _encoder(tokenizer):
 
 def _require_windows(label, longest, distinct, n, seqlen):
     if longest <= seqlen:
-        raise ValueError(f"{label}: its longest text has {longest} tokens, seqlen {seqlen} needs more; use a shorter seqlen or more text")
+        raise UsageError(f"{label}: its longest text has {longest} tokens, seqlen {seqlen} needs more; use a shorter seqlen or more text")
     if distinct < n:
-        raise ValueError(f"{label}: {distinct} distinct windows of {seqlen} tokens, {n} needed; use a shorter seqlen, fewer or more text")
+        raise UsageError(f"{label}: {distinct} distinct windows of {seqlen} tokens, {n} needed; use a shorter seqlen, fewer or more text")

@@ -1,5 +1,6 @@
 """What a quantized number is: the grid, rounding, fake-quantized activations and the linear layer that uses them."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -123,7 +124,10 @@ class Means:
 
 
 class Batch:
-    """The sequences that run through a model now: its blocks report how many, its linears read it, as OPT flattens x to (B * T, C)."""
+    """The sequences that run through a model now: its blocks report how many, its linears read it, as OPT flattens x to (B * T, C).
+
+    `with model.batch.padded(attention_mask.bool()): model(ids)` tells the quantized linears of a model what is padding.
+    """
 
     size = 1
     real = None  # (B, T) bool: which tokens are no padding; None: all
@@ -131,6 +135,15 @@ class Batch:
     def observe(self, block, args, kwargs):
         """Forward pre-hook of a decoder block, whose first input is (B, T, D)."""
         self.size = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    @contextmanager
+    def padded(self, real):
+        """While it lasts, the batches that run have padding: real (B, T) bool says which tokens are none; None: all."""
+        self.real = None if real is None or real.all() else real
+        try:
+            yield
+        finally:
+            self.real = None
 
     def split(self, x):
         """x as (B, T, C), its padding zero: as every range includes 0, a sequence is then quantized as it would be alone."""
@@ -145,7 +158,7 @@ class QuantLinear(nn.Module):
     """A linear layer with fake-quantized weight and activations: y = Wq @ quant(x / in_scale) + b.
 
     Made from an nn.Linear (or one like it), whose function it has until it is given fewer bits.  Weight and bias are float32 while the
-    block is worked on, so that smoothing and rounding see no half precision; `settle` gives them the model's type.
+    block is worked on, so that smoothing and rounding see no half precision; `freeze` gives them the model's type.
     """
 
     def __init__(self, linear, batch):
@@ -162,7 +175,7 @@ class QuantLinear(nn.Module):
         x = self.batch.split(x)
         return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
 
-    def settle(self, act_bits, per_token):
+    def freeze(self, act_bits, per_token):
         """Quantize activations from now on, and keep weight and bias in the model's type."""
         self.act_bits, self.per_token = act_bits, per_token
         self.weight.data = self.weight.to(self.dtype)
@@ -179,10 +192,19 @@ class QuantLinear(nn.Module):
         return f"{C}, {R}, bias={self.bias is not None}, act_bits={self.act_bits}, per_token={self.per_token}"
 
 
+def replace_linears(block, names, batch):
+    """Put a QuantLinear in place of each of these linears of a block, which reports to `batch`: {name: QuantLinear}."""
+    linears = {name: QuantLinear(block.get_submodule(name), batch) for name in names}
+    for name, linear in linears.items():
+        block.set_submodule(name, linear)
+    block.register_forward_pre_hook(batch.observe, with_kwargs=True)
+    return linears
+
+
 class IntLinear(nn.Module):
     """A quantized linear layer computed in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
 
-    Made from a settled QuantLinear and the codes q (R, C) uint8 and Grid of its weight, of at most 4 bits.
+    Made from a frozen QuantLinear and the codes q (R, C) uint8 and Grid of its weight, of at most 4 bits.
     """
 
     def __init__(self, linear, q, grid, kernel=None):

@@ -1,13 +1,17 @@
 """The machine that a run is on: its device, memory, seconds, versions and commit, and how its results become a file."""
 
+import functools
 import gc
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
+import tempfile
 import time
+import weakref
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +62,58 @@ def peak_bytes(device):
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
+class Place:
+    """Where tensors are kept while they are not worked on: on the device that works, in host memory, or in a folder that goes with the run.
+
+    put(tensor) -> something whose .to(device) is the tensor again, on that device.
+    """
+
+    def __init__(self, device, home):
+        """home: "device", "host", or a folder, in which a temporary one is made."""
+        self.device, self.home, self.folder = device, home, None
+        if home not in ("device", "host"):
+            self.folder = tempfile.TemporaryDirectory(prefix="awrq-", dir=home)
+
+    def put(self, tensor):
+        if self.folder:
+            return OnDisk(Path(self.folder.name), tensor)
+        return tensor.to(self.device if self.home == "device" else "cpu")
+
+    def __str__(self):
+        return {"device": f"on {self.device}", "host": "in host memory"}.get(self.home, f"in a temporary folder of {self.home}")
+
+
+class OnDisk:
+    """A tensor in a file, which is removed when nothing refers to it any more."""
+
+    def __init__(self, folder, tensor):
+        descriptor, self.path = tempfile.mkstemp(dir=folder, suffix=".pt")
+        weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
+        with os.fdopen(descriptor, "wb") as f:
+            torch.save(tensor.cpu(), f)
+
+    def to(self, device):
+        return torch.load(self.path, weights_only=True).to(device)
+
+
+def find_place(size, device, scratch=None):
+    """A Place for `size` bytes: on the device if they take at most half of what is free there, else in host memory, else in a folder.
+
+    scratch: the folder (default: that of temporary files).  Raises UsageError if it has no room either.
+    """
+    for home, where in (("device", device), ("host", torch.device("cpu"))):
+        if size <= free_memory(where) / 2:
+            return Place(device, home)
+    scratch = scratch or tempfile.gettempdir()
+    free = shutil.disk_usage(scratch).free
+    if size > free:
+        raise UsageError(
+            f"no room for the sequences: they take {size / 2**30:.1f} GiB, more than half of the free memory, and {scratch} has"
+            f" {free / 2**30:.1f} GiB left; let TMPDIR name a folder with more, or give fewer or shorter sequences"
+        )
+    return Place(device, scratch)
+
+
 # ---------------------------------------------------------------------------
 # Seconds
 
@@ -75,6 +131,56 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[activity] += time.perf_counter() - start
+
+
+@functools.cache
+def side_stream(device):
+    """One for all warm-ups on a device: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def captured(call, device):
+    """A function that does again what call() did when it was captured, as one CUDA graph, and returns what that returned, renewed.
+
+    call runs twice before it is captured, as kernels are loaded on first use.
+    """
+    stream = side_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves another one current
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+    def replay():
+        graph.replay()
+        return result
+
+    replay.call = call  # as long as the graph can run, what it reads must live
+    return replay
+
+
+def seconds(call, device, head_start=0):
+    """How long call() takes: by the GPU's own clock where there is one.
+
+    head_start: so many of its cycles the GPU waits first, in which the host can launch: for calls that are one launch, as a graph is.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        if head_start:
+            torch.cuda._sleep(head_start)
+        start.record()
+        call()
+        end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 # ---------------------------------------------------------------------------

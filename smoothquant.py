@@ -70,3 +70,9 @@ def fold(s, linears, producer=None, rows=None):
     for p in (producer.weight, getattr(producer, "bias", None)) if producer is not None else ():
         if p is not None:
             p.copy_((p.float().movedim(0, -1) / folded).movedim(-1, 0))
+
+
+def fold_group(block, group, linears, config, s):
+    """Fold the scale s (C,) of a modelutils.Group of a block into its linears, {name: QuantLinear}, and into its producer if that is exact."""
+    producer = block.get_submodule(group.producer) if group.exact(config) else None
+    fold(s, [linears[name] for name in group.linears], producer, group.rows(config))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from recipe import UsageError
+
 LAYOUT = 1  # version of the packed layout, see pack_w4; a change of it makes old packed tensors unreadable
 ROWS, COLUMNS = 128, 64  # to multiples of these the packer pads
 MAX_COLUMNS = 65536  # the kernels sum 255 * (16 * 15) in uint32, which takes 70,178 columns; sums of codes stay exact in float32
@@ -234,20 +236,20 @@ def _fake_linear(x, *args):
 def select(kind, device):
     """What runs for --kernel auto, cuda or torch on a device: `kernel` of w4a8_linear, and the line to print about it.
 
-    Builds the CUDA kernels on their first use.  Raises ValueError where "cuda" is asked for and cannot run; "auto" then says why.
+    Builds the CUDA kernels on their first use.  Raises UsageError where "cuda" is asked for and cannot run; "auto" then says why.
     """
     torch_line = "kernel: torch, exact integers computed in PyTorch"
     if kind == "torch" or (kind == "auto" and device.type != "cuda"):
         return "torch", torch_line
     if device.type != "cuda":
-        raise ValueError(f"--kernel cuda: needs an NVIDIA GPU, not --device {device}; choose torch or auto")
+        raise UsageError(f"--kernel cuda: needs an NVIDIA GPU, not --device {device}; choose torch or auto")
     from kernels import build, cuda  # not at the top, where `python -m kernels.build` would import itself first
 
     try:
         cuda.library(device)
     except build.BuildError as e:
         if kind == "cuda":
-            raise ValueError(f"--kernel cuda: {e}") from e
+            raise UsageError(f"--kernel cuda: {e}") from e
         return "torch", f"{torch_line}, slowly, as the CUDA kernels are not there: {e}"
     return "cuda", f"kernel: cuda, on {torch.cuda.get_device_name(device)}"
 

@@ -10,11 +10,14 @@ from unittest.mock import patch
 
 import datasets
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 
 from datautils import file_source, find_file, parse_json, read_rows
-from modelutils import check_vocabulary, padded
+from modelutils import check_vocabulary
+from recipe import UsageError
 
 NAMES = {"storycloze": "storycloze_2018"}  # the paper's names that mean something else to lm-eval
 
@@ -29,7 +32,7 @@ def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
     """lm-eval's tasks and groups, data included: [Task or Group].  patterns: names, with wildcards as in lm-eval, or YAML files of tasks.
 
     data_dir: a folder NAME/SPLIT.jsonl[.gz] has the rows of each task, as the hub has them; the hub is then not asked, and groups become
-    their tasks.  Raises ValueError for an unknown task or broken rows, OSError if data is missing.  skip_missing: a warning in place of
+    their tasks.  Raises UsageError for an unknown task or broken rows, OSError if data is missing.  skip_missing: a warning in place of
     that, if it leaves some.
     """
     manager = task_manager(not all(map(_is_yaml, patterns)))
@@ -60,14 +63,14 @@ def leaves(tasks):
 
 
 def check_fewshot(task, n):
-    """Raises ValueError if a task has too few examples for --num_fewshot n (or None)."""
+    """Raises UsageError if a task has too few examples for --num_fewshot n (or None)."""
     needed = n and n + (task.fewshot_cfg.split == task.config.test_split)  # lm-eval then draws one more, as one may be the item itself
     if needed and (there := len(list(task.fewshot_docs()))) < needed:
-        raise ValueError(f"--num_fewshot {n}: draws from {needed} examples or more, {task.config.task} has {there}; ask for fewer")
+        raise UsageError(f"--num_fewshot {n}: draws from {needed} examples or more, {task.config.task} has {there}; ask for fewer")
 
 
 def check_tasks(tasks, num_fewshot, config, tokenizer):
-    """Raises ValueError if a task has too few examples, or text that a model's tokenizer gives tokens that the model does not know."""
+    """Raises UsageError if a task has too few examples, or text that a model's tokenizer gives tokens that the model does not know."""
     for task in leaves(tasks):
         check_fewshot(task, num_fewshot)
         check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
@@ -92,7 +95,7 @@ def _matching(pattern, manager):
     found = manager.match_tasks([pattern])
     if not found:
         near = difflib.get_close_matches(pattern, manager.all_tasks)
-        raise ValueError(f"unknown task {pattern!r}; nearest: {', '.join(near) or 'none'}; `lm_eval ls tasks` prints all")
+        raise UsageError(f"unknown task {pattern!r}; nearest: {', '.join(near) or 'none'}; `lm_eval ls tasks` prints all")
     return found
 
 
@@ -143,12 +146,12 @@ def _load_local(name, manager, data_dir, num_fewshot):
     changes |= {"include": str(manager.task_index[name].yaml_path), "dataset_kwargs": {"files": {s: str(f) for s, f in files.items()}}}
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, f"{name}.yaml")
-        spec.write_text(json.dumps(changes)[:-1] + ', "custom_dataset": !function zeroshot.local_rows}', encoding="utf-8")
-        return _load(name, str(spec), manager, ValueError, f"correct {' and '.join(map(str, files.values()))}")
+        spec.write_text(json.dumps(changes)[:-1] + ', "custom_dataset": !function evaluation.zeroshot.local_rows}', encoding="utf-8")
+        return _load(name, str(spec), manager, UsageError, f"correct {' and '.join(map(str, files.values()))}")
 
 
 def local_rows(files, **_metadata):
-    """The splits of a task, for lm-eval's custom_dataset.  files: {split: file}.  Raises ValueError, naming a broken row."""
+    """The splits of a task, for lm-eval's custom_dataset.  files: {split: file}.  Raises UsageError, naming a broken row."""
     return datasets.DatasetDict({s: datasets.Dataset.from_list(read_rows(Path(file), _row_parser())) for s, file in files.items()})
 
 
@@ -159,11 +162,11 @@ def _row_parser():
     def parse(line):
         row = parse_json(line)
         if not isinstance(row, dict):
-            raise ValueError("not an object with the task's fields")
+            raise UsageError("not an object with the task's fields")
         if not fields:
             fields.extend(row)
         if set(row) != set(fields):
-            raise ValueError(f"its fields are {', '.join(row)}, those of the lines before {', '.join(fields)}")
+            raise UsageError(f"its fields are {', '.join(row)}, those of the lines before {', '.join(fields)}")
         return row
 
     return parse
@@ -181,7 +184,7 @@ def task_protocol(task):
 def _pieces(key, context, continuation, size):
     """A request of lm-eval's scorer, cut into requests of at most `size` tokens of continuation.  Only a whole one keeps its key."""
     if not continuation:
-        raise ValueError(f"an answer without a token, after {key and key[0][-40:]!r}; correct the rows of the task")
+        raise UsageError(f"an answer without a token, after {key and key[0][-40:]!r}; correct the rows of the task")
     for i in range(0, len(continuation), size):
         yield key if len(continuation) <= size else None, context + continuation[:i], continuation[i : i + size]
 
@@ -198,7 +201,7 @@ class QuantizedLM(huggingface.HFLM):
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.
 
-        Raises ValueError for a token that the model does not know, and for a continuation without tokens.
+        Raises UsageError for a token that the model does not know, and for a continuation without tokens.
         """
         check_vocabulary(self.config, [torch.tensor(context + continuation) for _, context, continuation in requests])
         size = self.max_length
@@ -222,9 +225,27 @@ class QuantizedLM(huggingface.HFLM):
     def _model_call(self, inps, **kwargs):
         lengths, self.lengths = self.lengths, None
         real = None if lengths is None else (torch.arange(inps.shape[1]) < lengths[:, None]).to(inps.device)
-        with padded(self.model, real):
+        with self.model.batch.padded(real):
             return super()._model_call(inps, **kwargs)
 
     def _model_generate(self, context, **kwargs):
-        with padded(self.model, kwargs["attention_mask"].bool()):
+        with self.model.batch.padded(kwargs["attention_mask"].bool()):
             return super()._model_generate(context, **kwargs)
+
+
+def zero_shot(model, tokenizer, tasks, batch_size=1, num_fewshot=None, limit=None):
+    """What lm-eval finds of a materialized model on tasks (see load_tasks), with its versions and settings, ready for JSON.
+
+    batch_size: a number or "auto"; results do not depend on it.  num_fewshot: examples before each item, None: as the task says.  limit:
+    items per task, or a share of them if below 1.
+    """
+    found = simple_evaluate(
+        QuantizedLM(model, tokenizer, batch_size),
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        log_samples=False,
+        task_manager=task_manager(False),
+    )
+    return json.loads(json.dumps(found, default=handle_non_serializable), parse_constant=lambda constant: None)

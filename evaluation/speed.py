@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and decodes: --benchmark_prefill, by plain calls; --benchmark, on a GPU by a CUDA graph."""
+"""How fast a materialized model reads a prompt and decodes: --benchmark_prefill, by plain calls; --benchmark, on a GPU by a CUDA graph."""
 
 import statistics
 import time
@@ -8,18 +8,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import StaticCache
 
-from kernels.timing import captured, seconds
-from modelutils import placed
+from recipe import UsageError
+from runtime import captured, seconds
 
 READS = 5  # times that a prompt is read, after one that does not count
 
 
-def resident(model, device):
-    """Whether all of it stays on the device; else some blocks visit it, one by one: see placed."""
-    return all(p.device == device for p in model.parameters())
-
-
-def decoder(model, length, device):
+def decoding_step(model, length, device):
     """step(token ()) -> logits (1, 1, V), which decodes up to `length` tokens one after the other, and in words how it does so.
 
     With a cache of fixed size, so that one CUDA graph can do every step; a model whose cache cannot be fixed has one that grows.
@@ -37,7 +32,7 @@ def decoder(model, length, device):
         return out.logits
 
     how = "call by call, a fixed cache"
-    if device.type == "cuda" and resident(model, device):
+    if device.type == "cuda" and not model.visiting:
         run, how = captured(run, device), "a CUDA graph, a fixed cache"
         cache.reset()
         position.zero_()
@@ -63,35 +58,33 @@ def growing(model):
 
 
 @torch.no_grad()
-def decode(model, ids, device="cpu", check=False):
-    """Feed ids (N,) to the model one by one, as it decodes: {"ms_per_token": the median, "tokens": N, "how": in words}.
+def decode(model, ids, check=False):
+    """Feed ids (N,) to a materialized model one by one, as it decodes: {"ms_per_token": the median, "tokens": N, "how": in words}.
 
     check: also "ppl", exp of the mean negative log-likelihood of the tokens but the first; each token's activations then have scales of
-    their own.  Raises ValueError if there are fewer than two tokens.
+    their own.  Raises UsageError if there are fewer than two tokens.
     """
     if len(ids) < 2:
-        raise ValueError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
-    ids, milliseconds, losses = ids.to(device), [], []
-    with placed(model, device):
-        step, how = decoder(model, len(ids), ids.device)
-        for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
-            start = time.perf_counter()
-            logits = step(ids[i])
-            if ids.device.type == "cuda":
-                torch.cuda.synchronize(ids.device)
-            milliseconds.append(1000 * (time.perf_counter() - start))
-            if check and i + 1 < len(ids):
-                losses.append(F.cross_entropy(logits[0].float(), ids[i + 1 : i + 2]).double())
+        raise UsageError(f"--benchmark: {len(ids)} tokens of text, needs 2 or more; give another corpus")
+    ids, milliseconds, losses = ids.to(model.device), [], []
+    step, how = decoding_step(model, len(ids), ids.device)
+    for i in tqdm(range(len(ids)), desc="decoding", unit="token", leave=False):
+        start = time.perf_counter()
+        logits = step(ids[i])
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize(ids.device)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+        if check and i + 1 < len(ids):
+            losses.append(F.cross_entropy(logits[0].float(), ids[i + 1 : i + 2]).double())
     ppl = {"ppl": torch.stack(losses).mean().exp().item()} if check else {}
     return {"ms_per_token": statistics.median(milliseconds), "tokens": len(ids), "how": how} | ppl
 
 
 @torch.no_grad()
-def prefill(model, ids, device="cpu"):
-    """Read ids (N,) at once, as a prompt, to the logits of what comes next: {"ms": the median, "tokens": N, "tokens_per_second", "how"}."""
-    ids = ids.to(device)[None]
-    with placed(model, device):
-        how = "call by call" + ", blocks copied to the device in each" * (not resident(model, ids.device))
-        times = [seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), ids.device) for _ in range(READS + 1)][1:]
+def prefill(model, ids):
+    """Let a materialized model read ids (N,) at once, as a prompt, to the logits of what comes next: {"ms": the median, "tokens": N, "tokens_per_second", "how"}."""
+    ids = ids.to(model.device)[None]
+    how = "call by call" + ", blocks copied to the device in each" * bool(model.visiting)
+    times = [seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), ids.device) for _ in range(READS + 1)][1:]
     took = statistics.median(times)
     return {"ms": 1000 * took, "tokens": ids.numel(), "tokens_per_second": ids.numel() / took, "how": how}

@@ -1,0 +1,383 @@
+"""Packed checkpoints: the blocks of a quantized model, in memory or on disk, written as they are finished and read one at a time.
+
+A folder of ours holds config.json, the tokenizer, a shard for each decoder block, one for the rest, and an index.  Of a quantized linear
+with R rows, C columns and G groups of columns a shard has
+
+    NAME.codes  (R, bytes) uint8   row after row; 4 bits: two codes a byte, the even column in the low nibble; 3 bits: eight codes in three
+                                   bytes, the first in the lowest bits; other widths: one code a byte
+    NAME.scale  (R, G) float32     weight = scale * (code - zero)
+    NAME.zero   (R, G) uint8
+    NAME.bias, NAME.in_scale       where the linear has them
+
+and of everything else its tensor, under its name in the model.  The index says which shard a tensor is in, and its sha256.
+"""
+
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+
+from formats.shards import REMEDY, new_folder, read_json, read_shard, write_shard
+from modelutils import Decoder, assign, load_config, run_dtype, skeleton
+from quant import Grid, IntLinear, from_int, replace_linears
+from recipe import METHODS, Recipe, UsageError
+from runtime import commit, versions, write_json
+from smoothquant import fold_group
+
+FORMAT = 1  # of our folders; a newer one is refused
+FILES = "awrq"  # what the names of our shards begin with; not "model", of which transformers would take what it knows and draw the rest
+PACKED = (3, 4)  # widths whose codes share bytes
+PARTS = ("codes", "scale", "zero")  # of a linear, besides its bias and in_scale
+GENERATION = "generation_config.json"
+
+# ---------------------------------------------------------------------------
+# Codes
+
+
+def pack(q, bits):
+    """Codes (R, C) uint8 as they lie on disk: (R, ceil(C * bits / 8)) uint8 for 3 and 4 bits, as they are for others."""
+    if bits not in PACKED:
+        return q
+    C = q.shape[1]
+    words = F.pad(q, (0, -C % 8)).unflatten(1, (-1, 8)).int() << bits * torch.arange(8, dtype=torch.int32)  # eight codes make one word
+    return words.sum(2, dtype=torch.int32).unsqueeze(2).view(torch.uint8)[..., :bits].flatten(1)[:, : -(-C * bits // 8)].contiguous()
+
+
+def unpack(packed, bits, C):
+    """The codes (R, C) uint8 that `pack` was given."""
+    if bits not in PACKED:
+        return packed
+    packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
+    words = F.pad(packed, (0, 4 - bits)).view(torch.int32)
+    return (words >> bits * torch.arange(8, dtype=torch.int32) & 2**bits - 1).to(torch.uint8).flatten(1)[:, :C].contiguous()
+
+
+def packed_linear(name, q, grid, bits):
+    """Codes (R, C) and Grid of a linear as they are stored: {name: tensor}."""
+    zero = grid.zero.to(torch.uint8)  # whole numbers, 0 to 2^bits - 1
+    return {f"{name}.codes": pack(q.cpu(), bits), f"{name}.scale": grid.scale.cpu(), f"{name}.zero": zero.cpu()}
+
+
+def unpacked_linear(tensors, name, shape, recipe):
+    """The codes (R, C) and the Grid of a linear of shape (R, C) in {name: tensor}.  Raises UsageError if that is not what is there."""
+    R, C = shape
+    G = 1 if recipe.groupsize == -1 else -(-C // recipe.groupsize)
+    found = []
+    for suffix, expected in (
+        ("codes", (R, -(-C * recipe.wbits // 8) if recipe.wbits in PACKED else C)),
+        ("scale", (R, G)),
+        ("zero", (R, G)),
+    ):
+        found.append(tensors.get(f"{name}.{suffix}", torch.empty(0)))
+        if found[-1].shape != expected:
+            raise UsageError(f"{name}.{suffix}: {tuple(found[-1].shape)}, should be {expected}; config.json is of another model")
+    packed, scale, zero = found
+    return unpack(packed, recipe.wbits, C), Grid(scale, zero.float(), recipe.wbits, recipe.groupsize)
+
+
+def without_codes(tensors, linears):
+    """What {name: tensor} has besides the codes and grids of these linears."""
+    packed = {f"{name}.{part}" for name in linears for part in PARTS}
+    return {name: t for name, t in tensors.items() if name not in packed}
+
+
+def computes_integers(recipe):
+    """Whether the integer op takes its linears."""
+    return recipe.wbits <= 4 and recipe.act_bits <= 8
+
+
+def check_packable(recipe):
+    """Raises UsageError if there is nothing to pack."""
+    if METHODS[recipe.method].weights is None:
+        raise UsageError(f"--method {recipe.method} rounds no weights, so there is nothing to pack; choose one that does")
+
+
+def narrowed(tensor, name, dtype):
+    """A tensor in `dtype` if that changes no value, else as it is.  The type of a scale takes part in the arithmetic and stays."""
+    if not tensor.is_floating_point() or name.endswith("scale"):
+        return tensor
+    own = tensor.to(dtype)
+    return own if own.to(tensor.dtype).equal(tensor) else tensor
+
+
+# ---------------------------------------------------------------------------
+# What is in a folder beside the blocks
+
+
+def shard_name(i, blocks, files=FILES):
+    """The file of block i; that of all other tensors, if i is the number of blocks."""
+    return f"{files}-{i + 1:05}-of-{blocks + 1:05}.safetensors"
+
+
+def rest_of(decoder, source):
+    """The tensors outside the blocks, {name: tensor}, each once."""
+    prefix = f"{decoder.family.blocks}."
+    names = [name for name in decoder.skeleton.state_dict() if not name.startswith(prefix) and name not in source.tied]
+    return {name: narrowed(t, name, decoder.stored_dtype) for name, t in source.rest(names).items()}
+
+
+def write_index(folder, files, sums):
+    """Write the index of a folder.  sums: {file: {name: sha256}}."""
+    index = {
+        "metadata": {"total_size": sum(data_bytes(folder / file) for file in sums)},
+        "weight_map": {name: file for file, names in sums.items() for name in names},
+        "sha256": {name: found for names in sums.values() for name, found in names.items()},
+    }
+    write_json(folder / f"{files}.safetensors.index.json", index)
+
+
+def data_bytes(path):
+    """Bytes of the tensors in a safetensors file, without its header."""
+    with open(path, "rb") as f:
+        return path.stat().st_size - 8 - int.from_bytes(f.read(8), "little")
+
+
+def write_about(folder, decoder, tokenizer, quantization_config):
+    """Write tokenizer and configurations.  Raises UsageError if they cannot be written."""
+    config = deepcopy(decoder.config)
+    config.dtype, config.quantization_config = decoder.stored_dtype, quantization_config
+    try:
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)
+        decoder.skeleton.generation_config.to_json_file(folder / GENERATION)  # as it is: save_pretrained refuses some of the hub's
+    except Exception as e:  # transformers raises whatever its backends do
+        raise UsageError(f"{folder}: the tokenizer or a configuration cannot be written ({e})") from e
+
+
+def link_or_copy(source, target):
+    """A second name for a file, or a copy of it where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+# ---------------------------------------------------------------------------
+# The store
+
+
+class Store:
+    """The blocks of a quantized model as they are stored: the source of a Decoder (see modelutils.Original).
+
+    Of a method that rounds weights it has codes, grids, and all else of a block; of one that does not, the smoothing scales, with which
+    a block of the original is smoothed again.  Tensors outside the blocks are the original's, or those of a published folder.
+    """
+
+    def __init__(self, original, recipe, folder=None):
+        """original: the unquantized Decoder.  folder: where the blocks are kept; None: in memory."""
+        self.original, self.recipe, self.folder = original, recipe, folder and Path(folder)
+        self.prefix, self.packs = f"{original.family.blocks}.", METHODS[recipe.method].weights is not None
+        self.blocks, self.layers = {}, {}  # of each finished block: {name: tensor} in memory, {name: sha256} in a folder; what is told of it
+        self.kernel = None  # of kernels.w4a8_linear, for linears that compute in integers; None: they compute on dequantized numbers
+
+    @property
+    def finished(self):
+        """How many blocks are finished: the first ones."""
+        return len(self.blocks)
+
+    @property
+    def tied(self):
+        return self.original.source.tied
+
+    # ---- Writing ----
+
+    def put(self, i, made, layers, streams):
+        """Keep block i, which is finished.  made: a run.quantize.Made; layers: a list for JSON; streams: Sequences after it, unused here."""
+        block, codes = made.block, made.codes
+        if self.packs:
+            tensors = {name: t for name, t in block.state_dict().items() if name.removesuffix(".weight") not in codes}
+            for name, (q, grid) in codes.items():
+                tensors |= packed_linear(name, q, grid, self.recipe.wbits)
+        else:
+            tensors = {f"{name}.smooth_scale": s for name, s in made.scales.items()}
+        # A copy of each, as linears that read one input share their in_scale, and nothing of the block must stay alive.
+        tensors = {name: narrowed(t.cpu(), name, self.original.stored_dtype).clone() for name, t in tensors.items()}
+        if self.folder is None:
+            self.blocks[i] = tensors
+        else:
+            sums = write_shard(self.shard(i), {f"{self.prefix}{i}.{name}": t for name, t in tensors.items()})
+            self.blocks[i] = {name.removeprefix(f"{self.prefix}{i}."): found for name, found in sums.items()}
+        self.layers[i] = layers
+
+    def shard(self, i):
+        """The file of block i."""
+        return self.folder / shard_name(i, len(self.original))
+
+    # ---- Reading: the source of a Decoder ----
+
+    def read(self, i):
+        prefix = f"{self.prefix}{i}."
+        if self.folder is None:
+            tensors = dict(self.blocks[i])
+        else:
+            found = read_shard(self.shard(i), {f"{prefix}{name}": found for name, found in self.blocks[i].items()})
+            tensors = {name.removeprefix(prefix): t for name, t in found.items()}
+        return tensors if self.packs else self.original.source.read(i) | tensors
+
+    def build(self, block, tensors, batch):
+        return (self._unpacked if self.packs else self._smoothed)(block, dict(tensors), batch)
+
+    def _unpacked(self, block, tensors, batch):
+        """Restore a block from its codes.  Raises UsageError, naming a tensor, if they do not fit."""
+        recipe = self.recipe
+        linears = replace_linears(block, self.original.linears, batch)
+        codes = {name: unpacked_linear(tensors, name, linear.weight.shape, recipe) for name, linear in linears.items()}
+        in_scales = {name: tensors.pop(f"{name}.in_scale", None) for name in linears}
+        assign(block, without_codes(tensors, linears) | {f"{name}.weight": from_int(*pair) for name, pair in codes.items()})
+        for name, linear in linears.items():
+            linear.in_scale = in_scales[name]
+            linear.freeze(recipe.act_bits, recipe.act_pertoken)
+            if self.kernel and computes_integers(recipe):
+                block.set_submodule(name, IntLinear(linear, *codes[name], self.kernel))
+        return block
+
+    def _smoothed(self, block, tensors, batch):
+        """Smooth a block of the original again, and quantize its activations."""
+        tensors = {name: t.clone() for name, t in tensors.items()}  # folding changes them
+        scales = {name: tensors.pop(f"{name}.smooth_scale", None) for name in self.original.linears}
+        assign(block, tensors)
+        linears = replace_linears(block, self.original.linears, batch)
+        for group in self.original.family.groups:
+            if (s := scales[group.linears[0]]) is not None:
+                fold_group(block, group, linears, self.original.config, s)
+        for linear in linears.values():
+            linear.freeze(self.recipe.act_bits, self.recipe.act_pertoken)
+        return block
+
+    def rest(self, names):
+        return self.original.source.rest(names)
+
+    def codes(self, i):
+        """{name: (codes (R, C) uint8, Grid)} of block i."""
+        tensors, empty = self.read(i), self.original.empty_block(i)
+        return {
+            name: unpacked_linear(tensors, name, empty.get_submodule(name).weight.shape, self.recipe) for name in self.original.linears
+        }
+
+    @property
+    def arithmetic(self):
+        """How its quantized linears are computed, in words."""
+        integers = self.kernel and computes_integers(self.recipe)
+        how = f"integers ({self.kernel} kernel)" if integers else "floating point, on dequantized numbers"
+        return f"{len(self.original) * len(self.original.linears)} linears in {how}"
+
+    def decoder(self):
+        """The quantized Decoder."""
+        return Decoder(self.original.skeleton, self, self.original.stored_dtype)
+
+    # ---- Publishing ----
+
+    def save(self, folder, tokenizer, about=None):
+        """Write a folder that open_checkpoint takes, which appears when it is complete.  about: see finish."""
+        with new_folder(folder) as partial:
+            self.finish(partial, tokenizer, about)
+
+    def finish(self, folder, tokenizer, about=None):
+        """Make a folder complete, in which the blocks may be already.  about: {"model", "calibration"}, for its config.json."""
+        blocks, sums = len(self.original), {}
+        for i in range(blocks):
+            names = {name: f"{self.prefix}{i}.{name}" for name in self.blocks[i]}
+            file = shard_name(i, blocks)
+            if self.folder is None:
+                sums[file] = write_shard(folder / file, {names[name]: t for name, t in self.blocks[i].items()})
+            else:
+                sums[file] = {names[name]: found for name, found in self.blocks[i].items()}
+                if self.folder != folder:
+                    link_or_copy(self.folder / file, folder / file)
+        file = shard_name(blocks, blocks)
+        sums[file] = write_shard(folder / file, rest_of(self.original, self))
+        write_index(folder, FILES, sums)
+        entry = {"quant_method": "awrq", "format": FORMAT, "recipe": asdict(self.recipe), "versions": versions(), "commit": commit()}
+        write_about(folder, self.original, tokenizer, entry | (about or {}))
+
+    def size(self):
+        """A line about the quantized linears, all their tensors, against FP16."""
+        packed = fp16 = 0
+        for i in range(self.finished):
+            tensors = self.read(i)
+            for name in self.original.linears:
+                packed += sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}."))
+                linear = self.original.skeleton.get_submodule(f"{self.prefix}{i}.{name}")
+                fp16 += 2 * sum(p.numel() for p in linear.parameters())
+        return f"the quantized linears take {packed / 2**20:.2f} MiB, {packed / fp16:.3f} of the {fp16 / 2**20:.2f} MiB in FP16"
+
+
+# ---------------------------------------------------------------------------
+# Published folders
+
+
+class Published(Store):
+    """The store of a folder that --save wrote."""
+
+    def __init__(self, original, recipe, folder):
+        """original: a Decoder of the skeleton alone.  Raises UsageError for an index that is not of this model."""
+        super().__init__(original, recipe, folder)
+        index = read_json(self.folder / f"{FILES}.safetensors.index.json", ("weight_map", "sha256"))
+        shards = {file: {} for file in sorted(set(index["weight_map"].values()))}
+        for name, file in index["weight_map"].items():
+            shards[file][name] = index["sha256"][name]
+        blocks = len(original)
+        if len(shards) != blocks + 1:
+            raise UsageError(f"{folder}: has {len(shards) - 1} blocks, its config.json {blocks}; that is of another model")
+        for file in shards:
+            if not (self.folder / file).is_file():
+                raise UsageError(f"{self.folder / file}: missing, so that the tensor {next(iter(shards[file]))} cannot be read; {REMEDY}")
+        *shards, self.others = shards.values()
+        self.blocks = {i: {name.removeprefix(f"{self.prefix}{i}."): found for name, found in sums.items()} for i, sums in enumerate(shards)}
+
+    @property
+    def tied(self):
+        """What the class ties, unless the folder has both tensors."""
+        return {target: source for target, source in self.original.skeleton.all_tied_weights_keys.items() if target not in self.others}
+
+    def rest(self, names):
+        for name in sorted(set(names) - self.others.keys()):
+            raise UsageError(f"{name}: only the model has it; config.json is of another model")
+        return read_shard(self.folder / shard_name(len(self.original), len(self.original)), {name: self.others[name] for name in names})
+
+
+def load_packed_config(folder, script=None):
+    """(configuration of the model, our quantization_config with a Recipe under "recipe") of a folder that --save wrote.
+
+    Raises UsageError if there is none, if it is not one that this version takes, or another script's (None: any).
+    """
+    if not Path(folder, "config.json").is_file():
+        raise UsageError(f"--load {folder}: no checkpoint there: there is no config.json")
+    config = load_config(folder, script)
+    about = getattr(config, "quantization_config", {})
+    if about.get("quant_method") != "awrq":
+        method = about.get("quant_method", "nothing of a quantization")
+        raise UsageError(f"--load {folder}: was not written by --save; its config.json says {method}")
+    if about.get("format") not in range(1, FORMAT + 1):
+        raise UsageError(f"--load {folder}: has format {about.get('format')}, this version reads up to {FORMAT}; update the code")
+    try:
+        recipe = Recipe(**about["recipe"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UsageError(f"--load {folder}: its config.json is damaged, or of another version of the code ({e})") from e
+    del config.quantization_config
+    return config, about | {"recipe": recipe}
+
+
+def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None):
+    """The quantized Decoder of a folder that --save wrote, whose blocks are read when they are visited.
+
+    dtype, device: as of open_decoder.  Linears that the integer op takes call it, with `kernel` as in kernels.w4a8_linear (None:
+    "cuda" on a GPU, else "torch"); others are dequantized.  Raises UsageError for what is missing, damaged, or does not fit config.json.
+    """
+    config, about = load_packed_config(folder)
+    device = torch.device(device)
+    empty = skeleton(config, run_dtype(config, dtype, device))
+    empty.generation_config = GenerationConfig.from_dict(read_json(Path(folder, GENERATION), ()))
+    store = Published(Decoder(empty, None, config.dtype), about["recipe"], folder)
+    store.kernel = kernel or ("cuda" if device.type == "cuda" else "torch")
+    return store.decoder()
+
+
+def load(folder, dtype="auto", device="cpu", kernel=None):
+    """The whole model of a folder that --save wrote, on the device, ready to evaluate or to generate; arguments as of open_checkpoint."""
+    return open_checkpoint(folder, dtype, device, kernel).materialize(torch.device(device))

@@ -1,0 +1,120 @@
+"""Calibration sequences through one block: what its linears read, in the quantized model and in the unquantized one beside it."""
+
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from functools import partial
+
+import torch
+
+from modelutils import Sequences
+
+# ---------------------------------------------------------------------------
+# What is seen
+
+
+class FirstSequences:
+    """The input of a linear in the first n calibration sequences, or as many as there are: x (B, T, C)."""
+
+    def __init__(self, n):
+        self.n, self.x = n, None
+
+    def add(self, x, target=None):
+        """x (B, T, C)"""
+        if self.x is None or len(self.x) < self.n:
+            self.x = (x if self.x is None else torch.cat((self.x, x)))[: self.n].clone()
+
+
+class Seen(Exception):
+    """Raised in a block that has shown all that was asked for: what is left of it need not run."""
+
+
+def observe(block, sequences, name, observers, stream=None, rest=True, batches=None):
+    """Run the block over its inputs.  observers, {QuantLinear: (objects with .add, ...)}, see what their linear reads: (B, T, C).
+
+    stream: a Stream inside the block; observers then see targets too.  rest: whether what follows the last observed linear runs as well.
+    batches: how many of the inputs (default all).
+    """
+    *_, last = observers
+
+    def show(linear, args):
+        x = linear.smoothed(args[0])
+        seen = (x,) if stream is None else (x, stream.target(linear, x))
+        for observer in observers[linear]:
+            observer.add(*seen)
+        if linear is last and not rest:
+            raise Seen
+
+    with ExitStack() as hooks:
+        for linear in observers:
+            hooks.callback(linear.register_forward_pre_hook(show).remove)
+        for k in range(len(sequences) if batches is None else batches):
+            if stream is not None:
+                stream.run(k, name, set(observers))
+            with suppress(Seen):
+                sequences.run(block, k, name)
+
+
+@contextmanager
+def repeated(block, part, sequences):
+    """While it lasts, a part of a block, the name of a submodule, runs once for each of the sequences' batches; its outputs are kept.
+
+    It is for a part that is finished, of a block that runs over the same inputs again because its other parts are not.
+    """
+    module, kept = block.get_submodule(part), {}
+    forward = module.forward
+
+    def once(*args, **kwargs):
+        k = sequences.now
+        if k not in kept:
+            out, *others = forward(*args, **kwargs)
+            kept[k] = sequences.place.put(out), others
+            return out, *others
+        out, others = kept[k]
+        return out.to(sequences.place.device), *others
+
+    module.forward = once
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+# ---------------------------------------------------------------------------
+# The unquantized model beside it
+
+
+class Stream(Sequences):
+    """The calibration sequences in the unquantized model, walked beside those in the quantized one.
+
+    mix: its share in the targets.  On the device are one unquantized block, and what the linears of a batch read in it.
+    """
+
+    def __init__(self, sequences, mix):
+        super().__init__(sequences.place)
+        self.x, self.arguments, self.mix = list(sequences.x), sequences.arguments, mix
+
+    @contextmanager
+    def inside(self, block, linears):
+        """While it lasts, targets of some linears of a block, {name: QuantLinear}, can be had; nothing in the block is rounded yet."""
+        self.block, self.done = deepcopy(block), 0
+        self.reads = {linear: [] for linear in linears.values()}
+        for name, linear in linears.items():
+            self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
+        try:
+            yield
+        finally:
+            del self.block, self.reads
+
+    def keep(self, linear, twin, args):
+        read = twin.smoothed(args[0])
+        self.reads[linear].append(read if linear in self.at_once else self.place.put(read))
+
+    def run(self, k, name, at_once):
+        """Batch k through the unquantized block, the first time.  at_once: linears that need what it reads now; others' is kept."""
+        if k == self.done:
+            self.at_once, self.done = at_once, k + 1
+            self.x[k] = self.place.put(super().run(self.block, k, name))
+
+    def target(self, linear, x):
+        """What a linear that reads x (B, T, C) in the quantized model should be fitted to, float32.  Once a batch, in their order."""
+        return torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)

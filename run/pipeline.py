@@ -1,0 +1,253 @@
+"""The straight line of a run: check, open the model, read the text, quantize, measure, publish."""
+
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import kernels
+from datautils import check_corpora, load_text
+from evaluation.perplexity import perplexity
+from evaluation.speed import decode, prefill
+from formats.checkpoint import Store, check_packable, computes_integers, load_packed_config, open_checkpoint
+from formats.export import check_export, export
+from formats.resume import ResumableStore, abbreviate, describe_config, differences, run_identity
+from formats.shards import new_folder
+from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
+from recipe import Recipe, UsageError
+from run.quantize import quantize_blocks
+from run.report import report, show
+from runtime import Clock, find_device, release, write_json
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run is about: a model to quantize, or with --load a quantized one, and how it was or will be quantized."""
+
+    model: str  # the name of the unquantized one
+    config: object  # its configuration
+    recipe: Recipe
+    tokenizer: object
+    calibration: dict | None = None  # the protocol of a calibration that is done
+
+
+def execute(run):
+    """Do what a run.cli.Run asks for.  Raises UsageError for what cannot be, FloatingPointError for NaN or Inf met on the way."""
+    # ---- What can be wrong is found before any long work ----
+    device = find_device(run.device)
+    clock = Clock(device)
+    check_writable(run.output_path)
+    subject = (to_evaluate if run.load else to_quantize)(run)
+    recipe, tokenizer = subject.recipe, subject.tokenizer
+    check_lengths(run, subject.config)
+    check_targets(run, subject)
+    calibrates = recipe.method != "full" and subject.calibration is None
+    check_corpora(recipe.calib_data if calibrates else None, run.corpora, run.data_dir)
+    tasks = find_tasks(run, subject)
+    walk_batch = run.walk_batch or default_walk_batch(subject.config, recipe.seqlen, device)
+
+    # ---- Model and text: the headers of the weights, then all tokens ----
+    with clock("loading"):
+        decoder = open_quantized(run, recipe, device) if run.load else open_decoder(run.model, run.dtype, device, subject.config)
+        original = open_decoder(subject.model, run.dtype, device) if run.load and run.compare_full else decoder
+    ids, texts, protocol = load_text(recipe, run.corpora, tokenizer, run.data_dir, clock, subject.calibration)
+    check_vocabulary(subject.config, [ids, *texts.values()])
+    protocol["tasks"] = task_protocols(tasks)
+
+    # ---- Numbers ----
+    def measured(decoder):
+        return measure(run, decoder, tokenizer, texts, tasks, clock, (recipe.seqlen, walk_batch))
+
+    full = measured(original) if run.compare_full else None
+    layers = []
+    if not run.load and recipe.method != "full":
+        decoder, layers = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk_batch)
+    if run.export:
+        export(decoder.source, run.export[1], run.export[0], tokenizer)
+        print(f"{run.export[1]}: written as {run.export[0]}")
+    found = {"model": subject.model, "protocol": protocol, "walk_batch": walk_batch}
+    found |= {"results": measured(decoder), "full": full, "layers": layers}
+
+    # ---- Report ----
+    about = report(recipe, decoder, found, clock)
+    show(about, run.table_results)
+    if run.output_path:
+        write_json(run.output_path, about)
+
+
+# ---------------------------------------------------------------------------
+# Checks
+
+
+def to_quantize(run):
+    """The Subject of a run that quantizes MODEL, or evaluates it as it is."""
+    config = load_config(run.model, run.script)
+    if getattr(config, "quantization_config", None):
+        raise UsageError(f"{run.model} is quantized already; give the original, or --load for what --save wrote")
+    context = config.max_position_embeddings
+    recipe = replace(run.recipe, seqlen=seqlen_for(run.seqlen or min(2048, context), context))
+    return Subject(run.model, config, recipe, load_tokenizer(run.model))
+
+
+def to_evaluate(run):
+    """The Subject of a run that loads what --save wrote."""
+    config, about = load_packed_config(run.load, run.script)
+    if run.model:
+        if other := list(differences(describe_config(config), describe_config(load_config(run.model, run.script)))):
+            raise UsageError(f"--load {run.load}: is not a checkpoint of {run.model}: {abbreviate(other)}")
+    model = run.model or about.get("model", run.load)
+    if run.compare_full and not is_original(model, run.script):
+        raise UsageError(f"--compare_full: {model} is not the unquantized model; with --load give that as MODEL")
+    seqlen = seqlen_for(run.seqlen or about["recipe"].seqlen, config.max_position_embeddings)
+    return Subject(model, config, replace(about["recipe"], seqlen=seqlen), load_tokenizer(run.load), about.get("calibration") or {})
+
+
+def is_original(name, script):
+    """Whether a model is there that is not quantized."""
+    try:
+        return not getattr(load_config(name, script), "quantization_config", None)
+    except UsageError:
+        return False
+
+
+def seqlen_for(seqlen, context):
+    """seqlen, if the model's context is long enough for it."""
+    if seqlen > context:
+        raise UsageError(f"--seqlen {seqlen}: the model's context is {context} tokens")
+    return seqlen
+
+
+def check_lengths(run, config):
+    """Raises UsageError unless a model can take what the benchmarks give it."""
+    context = config.max_position_embeddings
+    for flag, tokens, least in (("benchmark", run.benchmark, 2), ("benchmark_prefill", run.benchmark_prefill, 1)):
+        if tokens and not least <= tokens <= context:
+            raise UsageError(f"--{flag} {tokens}: must be {least} to {context} tokens, the model's context")
+
+
+def check_targets(run, subject):
+    """Raises UsageError unless everything that the run will write can be had, as far as that shows before."""
+    if run.save or run.checkpoint_dir:
+        check_packable(subject.recipe)
+    if run.export:
+        check_export(run.export[0], subject.recipe, subject.config)
+    for flag, folder in (("--save", run.save), ("--export", run.export and run.export[1])):
+        if folder is not None:
+            check_target(flag, Path(folder))
+
+
+def check_target(flag, folder):
+    """Raises UsageError unless a folder can be made under this name."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{flag} {folder}: is there already; give another name")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+    except OSError as e:
+        raise UsageError(f"{flag} {folder}: cannot write into {folder.parent} ({e.strerror}); give another folder") from e
+
+
+def check_writable(path):
+    """Raises UsageError unless a file can be written at path (its folder is made if need be), or path is None."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise UsageError(f"--output_path {path}: is a folder; give the name of a file in it")
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise UsageError(f"--output_path {path}: cannot write into {folder} ({e.strerror}); give another folder") from e
+
+
+def find_tasks(run, subject):
+    """lm-eval's tasks and groups, with their data: [Task or Group]."""
+    if not run.tasks:
+        return []
+    from evaluation.zeroshot import check_tasks, load_tasks  # where they are needed: lm-eval takes seconds to import
+
+    tasks = load_tasks(run.tasks, run.data_dir, run.num_fewshot, run.skip_missing)
+    check_tasks(tasks, run.num_fewshot, subject.config, subject.tokenizer)
+    return tasks
+
+
+def task_protocols(tasks):
+    """{name: what it is evaluated on}"""
+    if not tasks:
+        return {}
+    from evaluation.zeroshot import leaves, task_protocol
+
+    return {task.config.task: task_protocol(task) for task in leaves(tasks)}
+
+
+# ---------------------------------------------------------------------------
+# Steps
+
+
+def open_quantized(run, recipe, device):
+    """The quantized Decoder of --load; says what will compute its integers."""
+    kernel = None
+    if computes_integers(recipe):
+        kernel, line = kernels.select(run.kernel, device)
+        print(line)
+    return open_checkpoint(run.load, run.dtype, device, kernel)
+
+
+def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
+    """Quantize, printing the output errors of each block, and write --save: the quantized Decoder, and [Layer] of the whole model.
+
+    calibration: the protocol of ids.
+    """
+    recipe, layers = subject.recipe, []
+    with ExitStack() as stack:
+        partial = stack.enter_context(new_folder(run.save)) if run.save else None
+        if run.checkpoint_dir:
+            identity = run_identity(decoder, ids, recipe, clock.device, walk_batch)
+            store = ResumableStore(decoder, recipe, run.checkpoint_dir, identity)
+        else:
+            store = Store(decoder, recipe, partial)
+        for done in quantize_blocks(decoder, ids, recipe, store, clock.device, walk_batch, clock):
+            errors = (f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
+            tqdm.write(f"block {done[0].block}: output errors  " + "  ".join(errors))
+            layers += done
+        if run.save:
+            with clock("writing"):
+                store.finish(partial, subject.tokenizer, {"model": subject.model, "calibration": calibration})
+    if run.save:
+        store.folder = store.folder if run.checkpoint_dir else Path(run.save)
+        print(f"{run.save}: {store.size()}")
+    return store.decoder(), layers
+
+
+def measure(run, decoder, tokenizer, texts, tasks, clock, walk):
+    """Every number of a Decoder: {"perplexity": {corpus: see perplexity}, "tasks": see zero_shot, or {}, ...}.
+
+    texts: {corpus: ids (N,)}; walk: (tokens of a window, windows that run together).
+    """
+    results = {"perplexity": {}, "tasks": {}}
+    for name, tokens in texts.items():
+        with clock("evaluation"):
+            results["perplexity"][name] = perplexity(decoder, tokens, walk[0], clock.device, walk[1], name)
+    if not (tasks or run.benchmark or run.benchmark_prefill):
+        return results
+    with clock("loading"):
+        model = decoder.materialize(clock.device)
+    if tasks:
+        from evaluation.zeroshot import zero_shot
+
+        with clock("tasks"):
+            results["tasks"] = zero_shot(model, tokenizer, tasks, run.batch_size, run.num_fewshot, run.limit)
+    first = next(iter(texts.values()), None)
+    if run.benchmark:
+        with clock("benchmark"):
+            results["benchmark"] = decode(model, first[: run.benchmark], run.check)
+    if run.benchmark_prefill:
+        with clock("benchmark"):
+            results["prefill"] = prefill(model, first[: run.benchmark_prefill])
+    del model
+    release(clock.device)
+    return results

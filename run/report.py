@@ -1,0 +1,180 @@
+"""The report of a run: every number with its protocol, ready for JSON, and the tables and lines that are printed of it."""
+
+import json
+import math
+import statistics
+from dataclasses import asdict
+
+from recipe import METHODS, PRESETS, Recipe
+from runtime import commit, hardware, peak_bytes, versions
+
+SCHEMA = 1
+
+# ---------------------------------------------------------------------------
+# The JSON
+
+
+def report(recipe, decoder, found, clock):
+    """Everything about a run, ready for JSON.
+
+    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers"}, where "full" are the
+    results of the unquantized model, or None.
+    """
+    protocol = {"dtype": str(decoder.dtype).removeprefix("torch."), "walk_batch": found["walk_batch"], "arithmetic": decoder.source.arithmetic}
+    return {
+        "schema": SCHEMA,
+        "model": found["model"],
+        "model_type": decoder.config.model_type,
+        "recipe": asdict(recipe),
+        "protocol": found["protocol"] | protocol,
+        "results": found["results"],
+        "full": found["full"],
+        "layers": [asdict(layer) for layer in found["layers"]],
+        "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
+        "peak_bytes": peak_bytes(clock.device),
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(clock.device),
+    }
+
+
+# ---------------------------------------------------------------------------
+# What is printed
+
+DEFAULTS = asdict(Recipe())
+NAMED = ("method", "wbits", "act_bits", "smooth")  # have their own place in a name
+DATA = ("calib_data", "nsamples", "seqlen", "seed")  # are told by the protocol
+
+
+def options(recipe):
+    """The settings of a recipe (a dict) that are used and not the default, {name: value}, without those of NAMED and DATA."""
+    unused = () if recipe["smooth"] else ("alpha", "min")
+    return {name: v for name, v in recipe.items() if name not in NAMED + DATA + unused and v != DEFAULTS.get(name)}
+
+
+def listed(options):
+    return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in options.items())
+
+
+def recipe_name(recipe):
+    """What a recipe (a dict) is called: method, bits, preset, and every other setting that is used and not the default."""
+    method = recipe["method"]
+    name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
+    presets = {preset: settings for preset, settings in PRESETS.items() if settings and settings.items() <= recipe.items()}
+    covered = [name for settings in presets.values() for name in settings]
+    if recipe["smooth"] and False in METHODS[method].smooth and "smooth" not in covered:
+        name += " + smoothing"
+    return name + "".join(f", {preset}" for preset in presets) + listed({k: v for k, v in options(recipe).items() if k not in covered})
+
+
+def table(header, rows):
+    """A Markdown table, aligned; the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |" for row in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def accuracies(found, metric="acc"):
+    """{task: (value, standard error or None)} of what zero_shot returned, without groups; {} if that is {}."""
+    if not found:
+        return {}
+    key, error = f"{metric},none", f"{metric}_stderr,none"
+    rows = {name: row for name, row in found["results"].items() if key in row and name not in found.get("groups", {})}
+    return {name: (row[key], row[error] if isinstance(row.get(error), float) else None) for name, row in rows.items()}
+
+
+def average(values):
+    """Mean of [(value, standard error or None)], with its own standard error."""
+    n = len(values)
+    errors = [error for _, error in values if error is not None]
+    return sum(value for value, _ in values) / n, math.hypot(*errors) / n if len(errors) == n else None
+
+
+def spread(values, digits=3):
+    """Mean ± half the range of a number over seeds."""
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{half}"
+
+
+def task_table(runs):
+    """Markdown: every metric of every task, and the average accuracy.  runs: {label: what zero_shot returned}, of the same tasks."""
+    rows = []
+
+    def add(*first, value, error):
+        rows.append((*first, f"{value:.4f}" if isinstance(value, float) else value, "" if error is None else f"{error:.4f}"))
+
+    first = next(iter(runs.values()))
+    for task, row in first["results"].items():
+        for key in row:
+            metric, _, name = key.partition(",")  # name: of the filter that its answers went through
+            if name and not metric.endswith("_stderr"):
+                for label, found in runs.items():
+                    error = found["results"][task].get(f"{metric}_stderr,{name}")
+                    value = found["results"][task][key]
+                    shown = metric if name == "none" else f"{metric} ({name})"
+                    add(task, first["n-shot"].get(task, ""), shown, label, value=value, error=error if isinstance(error, float) else None)
+    for label, found in runs.items():
+        if values := list(accuracies(found).values()):
+            value, error = average(values)
+            add("average", "", "acc", label, value=value, error=error)
+    return table(("task", "shots", "metric", "model", "value", "stderr"), rows)
+
+
+def show(report, table_results=False):
+    """Print the tables of a report and how they came about.  table_results: tasks as a Markdown table, not as JSON."""
+    name = recipe_name(report["recipe"])
+    runs = ({"full": report["full"]} if report["full"] else {}) | {name: report["results"]}
+    rows = [
+        (corpus, label, f"{r['ppl']:.4f}", r["windows"], r["seqlen"])
+        for corpus in report["results"]["perplexity"]
+        for label, run in runs.items()
+        for r in (run["perplexity"][corpus],)
+    ]
+    if rows:
+        print(table(("corpus", "model", "perplexity", "windows", "tokens each"), rows))
+    if report["results"]["tasks"]:
+        found = {label: run["tasks"] for label, run in runs.items()}
+        print(task_table(found) if table_results else json.dumps({label: run["results"] for label, run in found.items()}, indent=1))
+    for label, decoded in ((label, run["benchmark"]) for label, run in runs.items() if "benchmark" in run):
+        ppl = f", perplexity {decoded['ppl']:.4f}" if "ppl" in decoded else ""
+        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}, {decoded['how']}{ppl}")
+    for label, read in ((label, run["prefill"]) for label, run in runs.items() if "prefill" in run):
+        print(
+            f"reading a prompt of {read['tokens']} tokens, {label}: {read['ms']:.3f} ms, "
+            f"{read['tokens_per_second']:.0f} tokens per second, {read['how']}"
+        )
+    print(describe(report))
+
+
+def describe(report):
+    """What to read under a table of results: how the numbers came about, and what they cost.  A few lines of text."""
+    recipe, protocol, seconds, peak = (report[key] for key in ("recipe", "protocol", "seconds", "peak_bytes"))
+    used = protocol["calibration"]
+    calib = (
+        f"calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}"
+        if used
+        else ""
+    )
+    lines = [
+        f"{report['model']}: {recipe['method']}, W{recipe['wbits']}A{recipe['act_bits']}, group {recipe['groupsize']}, {protocol['dtype']}"
+        + ", smooth" * recipe["smooth"]
+        + listed({name: value for name, value in options(recipe).items() if name != "groupsize"}),
+        calib,
+        f"arithmetic: {protocol['arithmetic']}",
+        "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+        task_speed([run["tasks"] for run in (report["full"], report["results"]) if run and run["tasks"]], seconds.get("tasks")),
+        "peak memory: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in peak.items() if value is not None),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def task_speed(found, seconds):
+    """How fast tasks were evaluated, in words; "" without tasks.  found: what zero_shot returned, of each model."""
+    if not found:
+        return ""
+    items = sum(n["effective"] for run in found for n in run["n-samples"].values())
+    return f"tasks: {items} items in batches of {found[0]['config']['batch_size']}, {items / seconds:.2f} a second"
