@@ -17,10 +17,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from formats.shards import Tensors, check_complete, find_weights, model_names, sha256
+from formats.names import check_complete, model_names
+from formats.shards import Tensors, find_weights, sha256
 from quant import Batch
 from recipe import UsageError
-from runtime import find_place, free_memory, release, total_memory
+from runtime import find_place, free_memory, release, total_memory, trim
 
 # ---------------------------------------------------------------------------
 # Families
@@ -387,6 +388,7 @@ class Decoder:
             block = self.block(i).to(device)
             yield i, block
             block.to("meta")
+            trim()
 
     @torch.no_grad()
     def embed(self, batches, place):

@@ -1,5 +1,6 @@
 """The machine that a run is on: its device, memory, seconds, versions and commit, and how its results become a file."""
 
+import ctypes
 import functools
 import gc
 import importlib.metadata
@@ -21,6 +22,7 @@ import torch
 
 from recipe import UsageError
 
+LIBC = ctypes.CDLL(None)
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
 
 # ---------------------------------------------------------------------------
@@ -44,6 +46,12 @@ def release(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def trim():
+    """Give back the memory that was freed on the host: the C library keeps what lies between pieces in use, more with every block."""
+    if hasattr(LIBC, "malloc_trim"):  # glibc's
+        LIBC.malloc_trim(0)
 
 
 def total_memory(device):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from formats.shards import REMEDY, new_folder, read_json, read_shard, write_shard
+from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, assign, load_config, run_dtype, skeleton
 from quant import Grid, IntLinear, from_int, replace_linears
 from recipe import METHODS, Recipe, UsageError
@@ -131,12 +131,6 @@ def write_index(folder, files, sums):
     write_json(folder / f"{files}.safetensors.index.json", index)
 
 
-def data_bytes(path):
-    """Bytes of the tensors in a safetensors file, without its header."""
-    with open(path, "rb") as f:
-        return path.stat().st_size - 8 - int.from_bytes(f.read(8), "little")
-
-
 def write_about(folder, decoder, tokenizer, quantization_config):
     """Write tokenizer and configurations.  Raises UsageError if they cannot be written."""
     config = deepcopy(decoder.config)
@@ -172,7 +166,10 @@ class Store:
         """original: the unquantized Decoder.  folder: where the blocks are kept; None: in memory."""
         self.original, self.recipe, self.folder = original, recipe, folder and Path(folder)
         self.prefix, self.packs = f"{original.family.blocks}.", METHODS[recipe.method].weights is not None
-        self.blocks, self.layers = {}, {}  # of each finished block: {name: tensor} in memory, {name: sha256} in a folder; what is told of it
+        self.blocks, self.layers = (
+            {},
+            {},
+        )  # of each finished block: {name: tensor} in memory, {name: sha256} in a folder; what is told of it
         self.kernel = None  # of kernels.w4a8_linear, for linears that compute in integers; None: they compute on dequantized numbers
 
     @property
@@ -255,9 +252,7 @@ class Store:
     def codes(self, i):
         """{name: (codes (R, C) uint8, Grid)} of block i."""
         tensors, empty = self.read(i), self.original.empty_block(i)
-        return {
-            name: unpacked_linear(tensors, name, empty.get_submodule(name).weight.shape, self.recipe) for name in self.original.linears
-        }
+        return {name: unpacked_linear(tensors, name, empty.get_submodule(name).weight.shape, self.recipe) for name in self.original.linears}
 
     @property
     def arithmetic(self):

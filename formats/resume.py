@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from formats.checkpoint import Store
-from formats.shards import claim, read_json, read_shard, remove_partial, sha256, write_shard
+from formats.shards import Claim, read_json, read_shard, remove_partial, sha256, write_shard
 from recipe import UsageError
 from runtime import write_json
 
@@ -65,7 +65,7 @@ class ResumableStore(Store):
         """run: of run_identity.  Raises UsageError, naming what differs, if the folder is of another run."""
         super().__init__(original, recipe, folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = claim(self.folder, f"--checkpoint_dir {folder}")
+        self.claim = Claim(self.folder, f"--checkpoint_dir {folder}")
         path = self.folder / "run.json"
         if not path.exists():
             if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):

@@ -20,7 +20,11 @@ def report(recipe, decoder, found, clock):
     decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers"}, where "full" are the
     results of the unquantized model, or None.
     """
-    protocol = {"dtype": str(decoder.dtype).removeprefix("torch."), "walk_batch": found["walk_batch"], "arithmetic": decoder.source.arithmetic}
+    protocol = {
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "walk_batch": found["walk_batch"],
+        "arithmetic": decoder.source.arithmetic,
+    }
     return {
         "schema": SCHEMA,
         "model": found["model"],

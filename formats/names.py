@@ -1,0 +1,39 @@
+"""The names of tensors: those that a checkpoint has, as transformers itself maps them to those of its model."""
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from recipe import UsageError
+
+
+def model_names(skeleton, names):
+    """{name in the model: name in the checkpoint}, and the names in the checkpoint that the model has no place for.
+
+    A checkpoint of the bare model (real OPT ones say decoder.layers, ours model.decoder.layers) and old spellings are understood.  Raises
+    UsageError, naming a tensor, if transformers would merge or split some, as of a mixture of experts.
+    """
+    state, mapping = skeleton.state_dict(), get_model_conversion_mapping(skeleton)
+    renamings, converters = ([m for m in mapping if isinstance(m, kind)] for kind in (WeightRenaming, WeightConverter))
+    found, unused = {}, []
+    for name in names:
+        own, converted = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
+        if converted:
+            raise UsageError(f"{name}: transformers merges or splits such tensors when it loads them, which is not supported")
+        if own in state:
+            found[own] = name
+        else:
+            unused.append(name)
+    return found, unused
+
+
+def check_complete(skeleton, names, shapes, tied, label):
+    """Raises UsageError, naming a tensor, unless the checkpoint has all that the model needs, in its shapes.
+
+    names: as model_names gives them; shapes: {name in the checkpoint: shape}; tied: {name: the name whose tensor it shares}.
+    """
+    state = skeleton.state_dict()
+    missing = [name for name in state if tied.get(name, name) not in names]
+    other = [name for name in names if name in state and tuple(state[name].shape) != shapes[names[name]]]
+    for wrong, what in ((missing, "missing"), (other, "of another shape than config.json says")):
+        if wrong:
+            raise UsageError(f"{label}: the weight {min(wrong)} is {what} ({len(wrong)} such); save the model again")
