@@ -17,7 +17,6 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import torch
 
 from recipe import UsageError
@@ -56,12 +55,18 @@ def trim():
 
 def total_memory(device):
     """Bytes of a GPU, or of the host."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory().total
 
 
 def free_memory(device):
     """Bytes that can still be had on a GPU, or on the host."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
+
+
+def host_memory():
+    import psutil  # which checking and timing the kernels do without
+
+    return psutil.virtual_memory()
 
 
 def peak_bytes(device):

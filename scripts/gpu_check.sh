@@ -44,8 +44,8 @@ skip() { note "$1" 0 "skipped: $2"; }
 
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
 step build "$PYTHON" -m kernels.build --arch "$arch"
-[ "${1-}" = --tune ] && step tune "$PYTHON" -m kernels.tune
-step check "$PYTHON" -m kernels.check --output_path "$files.json"
+[ "${1-}" = --tune ] && step tune "$PYTHON" -m bench.tune
+step check "$PYTHON" -m bench.check --output_path "$files.json"
 
 sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 watch=(--report-api-errors no --error-exitcode 9)  # libraries ask the driver for what it may not have: no error of a kernel
@@ -56,7 +56,7 @@ for tool in memcheck racecheck; do
     echo "$probe"
     skip $tool "compute-sanitizer does not work here"
   else  # without PyTorch's cache every tensor has its own bounds
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m kernels.check --small
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
   fi
 done
 
@@ -68,7 +68,7 @@ for name in checkpoint:kernels solver:span; do
     skip "${name%:*}" "needs what requirements.txt lists"
   fi
 done
-step bench "$PYTHON" -m kernels.bench --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${files}_bench.json"
+step bench "$PYTHON" -m bench.linears --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${files}_bench.json"
 
 printf '\n%s (sm_%s), %s\n%s' "$gpu" "$arch" "$STEPS" "$table"
 exit $failed

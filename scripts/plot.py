@@ -1,4 +1,4 @@
-"""Results of `python -m kernels.bench` to two pictures and a Markdown table, slow cells included.
+"""Results of `python -m bench.linears` to two pictures and a Markdown table, slow cells included.
 
 python scripts/plot.py LAYERS.json BLOCKS.json --out FOLDER     speedup_tokens.png, speedup_models.png, speedup.md; one JSON is enough
 """
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evalutils import table
-from kernels.bench import SCHEMA, best_time, speedup
+from bench.timing import SCHEMA, best_time, speedup
 from modelutils import Parser
 
 BASE, OURS = "float16", "w4a8"
@@ -41,7 +41,7 @@ def read(files):
             raise ValueError(f"{file}: not JSON ({e})") from e
         kind = report.get("kind") if isinstance(report, dict) else None
         if kind not in ("layers", "blocks") or report.get("schema") != SCHEMA:
-            raise ValueError(f"{file}: no result of this version's `python -m kernels.bench`; give what its --output_path wrote")
+            raise ValueError(f"{file}: no result of this version's `python -m bench.linears`; give what its --output_path wrote")
         if kind in reports:
             raise ValueError(f"{file}: a second result of {kind}; give one of each kind")
         if not report["cells"]:
@@ -259,7 +259,7 @@ def main(args):
 def parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="JSON of python -m kernels.bench, with --block or without; one of each at most"
+        "files", metavar="FILE", nargs="+", help="JSON of python -m bench.linears, with --block or without; one of each at most"
     )
     parser.add_argument("--out", metavar="FOLDER", default="out/speedup", help="where to (default %(default)s)")
     return parser

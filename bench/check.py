@@ -1,4 +1,4 @@
-"""Check the CUDA kernels on this GPU, bit for bit: python -m kernels.check [--small] [--output_path FILE]
+"""Check the CUDA kernels on this GPU, bit for bit: python -m bench.check [--small] [--output_path FILE]
 
 Kernels are held to the op in PyTorch, on the CPU for small shapes and on the GPU for real ones.  scripts/gpu_check.sh runs this with
 compute-sanitizer as well.  Exit status 1 if anything differs.
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 import kernels
+from bench.shapes import LAYERS
+from bench.timing import about
+from bench.tune import SPLITS, random_weight
 from kernels import build, cuda
-from kernels.shapes import LAYERS
-from kernels.timing import about, write_json
-from kernels.tune import SPLITS, random_weight
+from runtime import write_json
 
 TYPES = (torch.float16, torch.bfloat16)
 GROUPS = (-1, 128, 64)
@@ -253,7 +254,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m kernels.check", description="Check the CUDA kernels on this GPU against PyTorch.")
+    parser = argparse.ArgumentParser("python -m bench.check", description="Check the CUDA kernels on this GPU against PyTorch.")
     parser.add_argument("--small", action="store_true", help="only small shapes, for compute-sanitizer")
     parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
     try:

@@ -1,4 +1,4 @@
-"""Whole decoder blocks and models of random weights, W4A8 beside FP16: what `python -m kernels.bench --block` times.
+"""Whole decoder blocks and models of random weights, W4A8 beside FP16: what `python -m bench.linears --block` times.
 
 The blocks are transformers' own, attention included, the same on both sides; only the linears differ, and on both sides those that read the
 same input are one: q/k/v, and gate/up.  All blocks of a model have the same weights, each in memory of its own.
@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 import kernels
-from kernels import bench, shapes
-from kernels.timing import during, release
-from kernels.tune import random_weight
+from bench import shapes
+from bench.timing import best_time, both_ways, during, reason
+from bench.tune import random_weight
+from runtime import release
 
 PREFILL, CONTEXT, BATCH = (512, 1024, 2048, 4096, 8192), (1024, 2048), (1, 2, 4, 8, 16, 32, 64)
 CPU_PREFILL, CPU_CONTEXT, CPU_BATCH = (32,), (16,), (1, 2)
@@ -200,7 +201,7 @@ def bench_cell(model, phase, batch, tokens, device):
             module.batch = batch
     try:
         with shortened(model):
-            cell["block"] = bench.both_ways(block_calls(model, STEPS[phase](model, batch, tokens, device)), device)
+            cell["block"] = both_ways(block_calls(model, STEPS[phase](model, batch, tokens, device)), device)
         release(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -208,30 +209,34 @@ def bench_cell(model, phase, batch, tokens, device):
         cell["finite"] = bool(step().logits.isfinite().all())
         if device.type == "cuda":
             cell["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        cell["whole"] = bench.both_ways([step], device, least=1)
+        cell["whole"] = both_ways([step], device, least=1)
     except torch.OutOfMemoryError:
         return cell | {"reason": "out of memory"}
     except RuntimeError as e:  # of CUDA, mostly: the other cells are still worth having, as far as there are any
-        return cell | {"reason": bench.reason(e)}
+        return cell | {"reason": reason(e)}
     cell["reason"] = cell["whole"]["reason"] or cell["block"]["reason"] or (None if cell["finite"] else "NaN or Inf in the logits")
-    time = bench.best_time(cell["whole"])
+    time = best_time(cell["whole"])
     if time:
         cell["tokens_per_second"] = batch * (tokens if phase == "prefill" else 1) / (time["median"] * 1e-6)
     return cell
 
 
-def bench_blocks(models, prefill, context, batch, most, device, report, save):
-    """Fill in a report: prefill of one prompt and decoding of batches, each model in FP16 and W4A8."""
+def wanted(prefill, context, batch, device):
+    """[(phase, sequences, tokens)] to time; None: what is usual on the device."""
     gpu = device.type == "cuda"
     prefill = prefill or (PREFILL if gpu else CPU_PREFILL)
     context, batch = context or (CONTEXT if gpu else CPU_CONTEXT), batch or (BATCH if gpu else CPU_BATCH)
-    wanted = [("prefill", 1, tokens) for tokens in prefill] + [("decode", b, tokens) for tokens in context for b in batch]
+    return [("prefill", 1, tokens) for tokens in prefill] + [("decode", b, tokens) for tokens in context for b in batch]
+
+
+def bench_blocks(models, cells, most, device, report, save):
+    """Fill in a report: prefill of one prompt and decoding of batches, each model in FP16 and W4A8.  cells: of wanted."""
     report["models"] = []
     for name in models:
-        n, positions = fitting(name, device, most), max(*prefill, *context)
+        n, positions = fitting(name, device, most), max(tokens for _, _, tokens in cells)
         for contender in CONTENDERS:
             model = build(name, n, contender, device, positions)
-            for phase, b, tokens in wanted:
+            for phase, b, tokens in cells:
                 where = {"model": name, "phase": phase, "batch": b, "tokens": tokens, "contender": contender}
                 report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
                 print(line(report["cells"][-1]), flush=True)
@@ -246,6 +251,6 @@ def line(cell):
     where = f"{cell['model']:12} {cell['phase']:8} batch {cell['batch']:3}  {cell['tokens']:5} tokens  {cell['contender']:8}"
     if cell["tokens_per_second"] is None:
         return f"{where} {cell['reason']}"
-    whole, block = (bench.best_time(cell[part]) for part in ("whole", "block"))
+    whole, block = (best_time(cell[part]) for part in ("whole", "block"))
     shown = f"a block {block['median'] / 1000:8.3f} ms" if block else cell["reason"]
     return f"{where} {whole['median'] / 1000:9.3f} ms, {shown}, {cell['tokens_per_second']:10.1f} tokens/s"

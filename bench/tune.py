@@ -1,4 +1,4 @@
-"""Measure which kernel is fastest for which layer and number of tokens on this GPU, and note it in tuning.json: python -m kernels.tune
+"""Measure which kernel is fastest for which layer and number of tokens on this GPU, and note it in tuning.json: python -m bench.tune
 
 Every time is that of quantization and product together, in a CUDA graph, over so many copies of the weight that the L2 cache holds none.
 """
@@ -11,8 +11,9 @@ from functools import partial
 import torch
 
 import kernels
-from kernels import cuda, shapes
-from kernels.timing import enough_copies, timed
+from bench import shapes
+from bench.timing import enough_copies, timed
+from kernels import cuda
 
 EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; above the last, as for the last
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -110,7 +111,7 @@ def write(tables):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m kernels.tune", description="Measure the fastest kernel of every layer shape on this GPU.")
+    parser = argparse.ArgumentParser("python -m bench.tune", description="Measure the fastest kernel of every layer shape on this GPU.")
     parser.add_argument(
         "--models", metavar="NAMES", help=f"only the layers of these models, separated by commas (default all): {', '.join(shapes.MODELS)}"
     )

@@ -1,32 +1,31 @@
 """How long does quantizing take?  Random weights in the shapes of a model, a few of its blocks; the whole model by extrapolation.
 
-python scripts/bench_quantize.py --shape llama-13b --blocks 2                        what the paper's setting costs on this GPU
-python scripts/bench_quantize.py --shape tiny-llama --nsamples 4 --seqlen 32         on a CPU, to see that it runs
+python -m bench.quantizing --shape llama-13b --blocks 2                        what the paper's setting costs on this GPU
+python -m bench.quantizing --shape tiny-llama --nsamples 4 --seqlen 32         on a CPU, to see that it runs
 """
 
 import argparse
-import sys
 import time
 import warnings
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-import reference
-from bench_solver import bare_passes
-
 import gptq
-from kernels import shapes
-from kernels.blocks import configuration
-from kernels.timing import about, write_json
-from modelutils import METHODS, Clock, Parser, default_walk_batch, device, positive, quantize_blocks
-from quant import Recipe, find_grid
+from bench import shapes
+from bench.blocks import configuration
+from bench.solver import bare_passes
+from bench.timing import about
+from formats.checkpoint import Store
+from modelutils import decoder_of, default_walk_batch
+from quant import find_grid
+from recipe import METHODS, Recipe
+from run.cli import Parser, positive
+from run.quantize import quantize_blocks
+from runtime import Clock, find_device, write_json
+from tests import reference
 
 SCHEMA = 1
 VOCABULARY = 1024  # tokens: embeddings are not what is timed
@@ -34,12 +33,12 @@ ACTIVITIES = ("smoothing", "statistics", "solving", "propagation")
 CPU_NOTE = "no GPU: these times are a CPU's, which say nothing about a GPU's"
 
 
-def random_model(shape, blocks, seqlen, where):
-    """A causal language model of a few blocks in host memory: float16 for a GPU, float32 for a CPU."""
+def random_decoder(shape, blocks, seqlen, where):
+    """A Decoder of a few random blocks in host memory: float16 for a GPU, float32 for a CPU."""
     config = configuration(shape, seqlen)
     config.num_hidden_layers, config.vocab_size = blocks, VOCABULARY
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float16 if where.type == "cuda" else torch.float32).eval()
+    return decoder_of(AutoModelForCausalLM.from_config(config, dtype=torch.float16 if where.type == "cuda" else torch.float32))
 
 
 def clocked(where, call):
@@ -64,29 +63,29 @@ def solver(size, bits, where):
 
 
 def main(args):
-    model_shape = shapes.model(args.shape)
+    model_shape, device = shapes.model(args.shape), find_device(args.device)
     blocks = min(args.blocks, model_shape.blocks)
     recipe = Recipe(args.method, wbits=args.wbits, act_bits=8, smooth=args.smooth, nsamples=args.nsamples, seqlen=args.seqlen)
-    model = random_model(args.shape, blocks, recipe.seqlen, args.device)
+    decoder = random_decoder(args.shape, blocks, recipe.seqlen, device)
     ids = torch.randint(VOCABULARY, (recipe.nsamples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
-    batch = args.walk_batch or default_walk_batch(model.config, recipe.seqlen, args.device)
+    batch = args.walk_batch or default_walk_batch(decoder.config, recipe.seqlen, device)
     passes = 2 + recipe.smooth
-    bare_passes(model, ids[:batch], batch, args.device, passes)  # the first call of everything is slow
-    _, bare = clocked(args.device, partial(bare_passes, model, ids, batch, args.device, passes))
-    first = random_model(args.shape, 1, recipe.seqlen, args.device)
-    list(quantize_blocks(first, ids[:batch], recipe, args.device, batch))  # the same: kernels are compiled, libraries started
+    bare_passes(decoder, ids[:batch], batch, device, passes)  # the first call of everything is slow
+    _, bare = clocked(device, partial(bare_passes, decoder, ids, batch, device, passes))
+    first = random_decoder(args.shape, 1, recipe.seqlen, device)
+    list(quantize_blocks(first, ids[:batch], recipe, Store(first, recipe), device, batch))  # the same: kernels are compiled
     del first
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-    clock = Clock(args.device)
-    _, whole = clocked(args.device, lambda: [None for _ in quantize_blocks(model, ids, recipe, args.device, batch, clock)])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = Clock(device)
+    _, whole = clocked(device, lambda: list(quantize_blocks(decoder, ids, recipe, Store(decoder, recipe), device, batch, clock)))
     capture, by_block = clock.seconds["capture"], {name: clock.seconds[name] / blocks for name in ACTIVITIES if name in clock.seconds}
     by_block["the rest"] = (whole - capture) / blocks - sum(by_block.values())
     report = {
         "schema": SCHEMA,
         "kind": "quantize",
-        "note": None if args.device.type == "cuda" else CPU_NOTE,
-        "about": about(args.device),
+        "note": None if device.type == "cuda" else CPU_NOTE,
+        "about": about(device),
         "shape": args.shape,
         "blocks": blocks,
         "of": model_shape.blocks,
@@ -94,8 +93,8 @@ def main(args):
         "walk_batch": batch,
         "seconds": {"capture": capture, "block": by_block, "model": capture + model_shape.blocks * (whole - capture) / blocks},
         "bare_passes": {"passes": passes, "seconds": bare, "ratio": whole / bare},
-        "peak_bytes": torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None,
-        "solver": solver(model_shape.hidden, recipe.wbits, args.device) if args.solver else None,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "solver": solver(model_shape.hidden, recipe.wbits, device) if args.solver else None,
     }
     show(report)
     if args.output_path:
@@ -133,7 +132,7 @@ def parser():
     parser.add_argument("--seqlen", type=positive, default=2048, metavar="TOKENS", help="tokens of each (default %(default)s)")
     parser.add_argument("--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory)")
     parser.add_argument("--no-solver", dest="solver", action="store_false", help="leave out the comparison with the published loop")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
     parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
     return parser
 

@@ -1,11 +1,10 @@
 """How fast is the solver?  On one layer, against the loop over columns; on the demo OPT, against bare forward passes.  CPU, seconds.
 
-python scripts/bench_solver.py
-python scripts/bench_solver.py --size 1024 --repeat 3 --model facebook/opt-125m
+python -m bench.solver
+python -m bench.solver --size 1024 --repeat 3 --model facebook/opt-125m
 """
 
 import argparse
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -16,14 +15,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils.logging import disable_progress_bar
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-import reference
-
 import gptq
-from modelutils import decoder_blocks, default_walk_batch, load_model, propagate, quantize_blocks, record_inputs, walk
-from quant import Recipe, find_grid
+from formats.checkpoint import Store
+from modelutils import default_walk_batch, open_decoder
+from quant import find_grid
+from recipe import Recipe
+from run.quantize import quantize_blocks
+from runtime import Place
+from tests import reference
 
 DEMO = Path(__file__).parents[1] / "demo" / "opt"
 PASSES = 3  # of a block over its inputs: smoothing, statistics, propagation
@@ -77,29 +76,29 @@ def bench_layer(size, bits, repeat):
 
 
 @torch.no_grad()
-def bare_passes(model, ids, walk_batch, device="cpu", passes=PASSES):
-    """The forward passes that quantizing the model needs, through its own unquantized blocks, and nothing else."""
-    x, kwargs = record_inputs(model, ids.split(walk_batch), device)
-    for _, block in walk(model, device, "bare"):
+def bare_passes(decoder, ids, walk_batch, device, passes=PASSES):
+    """The forward passes that quantizing a Decoder needs, through its own unquantized blocks, and nothing else."""
+    sequences = decoder.embed(ids.split(walk_batch), Place(device, "device"))
+    for i, block in decoder.visits(device, "bare"):
         for _ in range(passes - 1):
-            propagate(block, list(x), kwargs, "bare")
-        propagate(block, x, kwargs, "bare")
+            for k in range(len(sequences)):
+                sequences.run(block, k, f"block {i}")
+        sequences.propagate(block, f"block {i}")
 
 
 def bench_model(name, windows, repeat):
     """awrq with smoothing on a whole model, its loading left out, against the same passes bare."""
-    models = [load_model(name) for _ in range(repeat + 1)]  # the last one stays as it is
-    config = models[-1].config
-    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, seqlen=min(2048, config.max_position_embeddings))
-    ids = torch.randint(config.vocab_size, (windows, recipe.seqlen), generator=torch.Generator().manual_seed(0))
-    batch = default_walk_batch(config, recipe.seqlen, "cpu")
-    bare_passes(models[-1], ids[:batch], batch)  # the first call of everything is slow
+    decoder, device = open_decoder(name), torch.device("cpu")
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, seqlen=min(2048, decoder.config.max_position_embeddings))
+    ids = torch.randint(decoder.config.vocab_size, (windows, recipe.seqlen), generator=torch.Generator().manual_seed(0))
+    batch = default_walk_batch(decoder.config, recipe.seqlen, device)
+    bare_passes(decoder, ids[:batch], batch, device)  # the first call of everything is slow
     _, times = fastest(
         repeat,
-        bare=lambda: bare_passes(models[-1], ids, batch),
-        whole=lambda: list(quantize_blocks(models.pop(0), ids, recipe, walk_batch=batch)),
+        bare=lambda: bare_passes(decoder, ids, batch, device),
+        whole=lambda: list(quantize_blocks(decoder, ids, recipe, Store(decoder, recipe), walk_batch=batch)),
     )
-    print(f"{name}: {len(decoder_blocks(models[-1]))} blocks, awrq W4A8 with smoothing, {windows} windows of {recipe.seqlen} random tokens")
+    print(f"{name}: {len(decoder)} blocks, awrq W4A8 with smoothing, {windows} windows of {recipe.seqlen} random tokens")
     print(f"  quantizing       {times['whole']:8.2f} s")
     print(f"  bare passes      {times['bare']:8.2f} s: the first block's inputs, then {PASSES} passes through every block")
     print(f"  ratio            {times['whole'] / times['bare']:8.2f}")

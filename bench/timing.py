@@ -1,20 +1,16 @@
 """How everything here is timed: many copies against the caches, CUDA graphs, the ceilings of a machine, and what machine it is."""
 
-import functools
-import gc
-import json
-import os
 import platform
 import shutil
 import statistics
 import subprocess
-import time
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from runtime import captured, commit, seconds
+
+SCHEMA = 1  # of the reports
 HEAD_START = 200_000  # cycles: a tenth of a millisecond
 
 
@@ -23,56 +19,6 @@ def enough_copies(device, size):
     if device.type != "cuda":
         return 1
     return max(1, min(1024, -(-4 * torch.cuda.get_device_properties(device).L2_cache_size // size)))
-
-
-@functools.cache
-def side_stream(device):
-    """One for all warm-ups on a device: cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream(device)
-
-
-def captured(call, device):
-    """A function that does again what call() did when it was captured, as one CUDA graph, and returns what that returned, renewed.
-
-    call runs twice before it is captured, as kernels are loaded on first use.
-    """
-    stream = side_stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves another one current
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-
-    def replay():
-        graph.replay()
-        return result
-
-    replay.call = call  # as long as the graph can run, what it reads must live
-    return replay
-
-
-def seconds(call, device, head_start=0):
-    """How long call() takes: by the GPU's own clock where there is one.
-
-    head_start: so many of its cycles the GPU waits first, in which the host can launch: for calls that are one launch, as a graph is.
-    """
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.device(device):
-        if head_start:
-            torch.cuda._sleep(head_start)
-        start.record()
-        call()
-        end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def timed(calls, device, graph=True, rounds=7, least=20):
@@ -119,26 +65,46 @@ def random_matrix(rows, columns, dtype, device):
     return torch.randn(rows, columns, device=device).to(dtype)
 
 
-def release(device):
-    """Give back the memory that no tensor uses: a model has cycles, which only the collector finds, and PyTorch keeps what it had."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+# ---------------------------------------------------------------------------
+# Cells of a report
+
+
+class Missing(Exception):
+    """Why a contender cannot run here."""
+
+
+def reason(error):
+    """One line of an error's message."""
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, Missing) else f"{type(error).__name__}: {text}"
+
+
+def both_ways(calls, device, graph=True, **rounds):
+    """{"graph", "eager": timed or None, "reason": why one is None, or None}.  On a CPU there are no graphs."""
+    found = {"graph": None, "eager": None, "reason": None}
+    for way in ("eager", "graph") if graph and device.type == "cuda" else ("eager",):
+        try:
+            found[way] = timed(calls, device, graph=way == "graph", **rounds)
+        except Exception as e:  # whatever a kernel of others or a full memory raises: the other times are still worth having
+            found["reason"] = f"{way}: {reason(e)}"
+    return found
+
+
+def best_time(cell):
+    """By graph where there is one: {"median", "p20", "p80"}, or None."""
+    return cell["graph"] or cell["eager"]
+
+
+def speedup(base, other):
+    """How many times as fast as a cell another is: both by graph, else both called one by one; None if there are no such times."""
+    for way in ("graph", "eager"):
+        if base and other and base[way] and other[way]:
+            return base[way]["median"] / other[way]["median"]
+    return None
 
 
 # ---------------------------------------------------------------------------
 # What machine it is
-
-
-def commit():
-    """The commit of this code, with "+changes" if files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+changes" * bool(changed)
 
 
 def nvidia_smi(device, *fields):
@@ -177,18 +143,3 @@ def about(device):
 def during(device):
     """Clocks, power and temperature as they are now, ready for JSON; {} on a CPU."""
     return nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-
-
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    partial_file = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial_file, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
-        os.replace(partial_file, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(partial_file)

@@ -1,4 +1,4 @@
-"""Time W4A8 against FP16 on this GPU: python -m kernels.bench [--block] [--models NAMES] [--output_path FILE]
+"""Time W4A8 against FP16 on this GPU: python -m bench.linears [--block] [--models NAMES] [--output_path FILE]
 
 Without --block, the linears of the models, one by one, against PyTorch's products and others' kernels (contenders.py); with it, whole
 decoder blocks and models of random weights (blocks.py).  Every time is a median of rounds, with its 20th and 80th percentile, over so many
@@ -13,45 +13,16 @@ from pathlib import Path
 
 import torch
 
-from kernels import build, cuda, shapes
-from kernels.contenders import CONTENDERS, OTHERS, OURS, Missing
-from kernels.timing import about, ceilings, during, timed, write_json
+from bench import shapes
+from bench.contenders import CONTENDERS, OTHERS, OURS
+from bench.timing import SCHEMA, about, best_time, both_ways, ceilings, during, reason, speedup
+from kernels import build, cuda
+from runtime import write_json
 
-SCHEMA = 1
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 CPU_TOKENS = (1, 17)
 CPU_NOTE = "no GPU: tiny models through the PyTorch path on a CPU, to see that the benchmark runs; these times say nothing about speed"
 NOTHING = dict.fromkeys(("config", "graph", "eager", "reason", "gb_per_second", "tops", "roofline", "ideal_us"))
-
-
-def reason(error):
-    """One line of an error's message."""
-    text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, Missing) else f"{type(error).__name__}: {text}"
-
-
-def both_ways(calls, device, graph=True, **rounds):
-    """{"graph", "eager": timed or None, "reason": why one is None, or None}.  On a CPU there are no graphs."""
-    found = {"graph": None, "eager": None, "reason": None}
-    for way in ("eager", "graph") if graph and device.type == "cuda" else ("eager",):
-        try:
-            found[way] = timed(calls, device, graph=way == "graph", **rounds)
-        except Exception as e:  # whatever a kernel of others or a full memory raises: the other times are still worth having
-            found["reason"] = f"{way}: {reason(e)}"
-    return found
-
-
-def best_time(cell):
-    """By graph where there is one: {"median", "p20", "p80"}, or None."""
-    return cell["graph"] or cell["eager"]
-
-
-def speedup(base, other):
-    """How many times as fast as a cell another is: both by graph, else both called one by one; None if there are no such times."""
-    for way in ("graph", "eager"):
-        if base and other and base[way] and other[way]:
-            return base[way]["median"] / other[way]["median"]
-    return None
 
 
 def ideal_seconds(contender, ceiling, rows, columns, tokens):
@@ -187,9 +158,9 @@ def main(args):
             write_json(args.output_path, report)
 
     if args.block:
-        from kernels.blocks import bench_blocks  # needs transformers
+        from bench import blocks  # needs transformers
 
-        bench_blocks(models, args.prefill, args.context, args.batch, args.blocks, device, report, save)
+        blocks.bench_blocks(models, blocks.wanted(args.prefill, args.context, args.batch, device), args.blocks, device, report, save)
     else:
         bench_layers(models, args.tokens or (TOKENS if gpu else CPU_TOKENS), device, report, save)
         print(summary(report))
@@ -199,7 +170,7 @@ def main(args):
 
 
 def parser():
-    parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser("python -m bench.linears", description=__doc__.split("\n\n")[1])
     parser.add_argument("--models", metavar="NAMES", help=f"separated by commas, of {', '.join(shapes.MODELS | shapes.TINY)}")
     parser.add_argument("--tokens", type=numbers, metavar="M,...", help=f"rows of the activations (default {','.join(map(str, TOKENS))})")
     parser.add_argument("--block", action="store_true", help="whole decoder blocks and models, in place of their linears")

@@ -1,4 +1,4 @@
-"""What `python -m kernels.bench` times on a layer: the op, PyTorch's own products, and the kernels of others where they are installed.
+"""What `python -m bench.linears` times on a layer: the op, PyTorch's own products, and the kernels of others where they are installed.
 
 The adapters to others' kernels give them random numbers in the shapes that they take: good for a time, not for a result.  They were
 written from the interfaces as published and have not been run yet; one that fails is reported as missing, with what it said.
@@ -14,13 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench.timing import Missing, enough_copies, random_matrix
+from bench.tune import random_weight
 from kernels import cuda
-from kernels.timing import enough_copies, random_matrix
-from kernels.tune import random_weight
-
-
-class Missing(Exception):
-    """Why a contender cannot run here."""
 
 
 class Contender(NamedTuple):

@@ -1,0 +1,390 @@
+"""The command line: argv to a Run, and what is wrong with it in one line.  Imports nothing slow, so that --help and a wrong flag are quick."""
+
+import argparse
+import logging
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+from recipe import CLIPS, DTYPES, EXPORTS, GRIDS, KERNELS, METHODS, PRESETS, TARGETS, Recipe, UsageError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command line asks for, checked as far as that can be without a model."""
+
+    script: str  # that was run
+    model: str | None  # hub name or folder; None: --load says which
+    recipe: Recipe | None  # but for its seqlen; None: that of --load
+    seqlen: int | None  # tokens of a window; None: the recipe's with --load, else the model's context, at most 2048
+    # what to evaluate, and on what
+    corpora: tuple[str, ...]
+    data_dir: str | None
+    compare_full: bool
+    tasks: tuple[str, ...]  # names, wildcards or YAML files
+    num_fewshot: int | None
+    batch_size: int | str
+    limit: int | float | None  # items of a task, or a share of them below 1
+    skip_missing: bool
+    table_results: bool
+    benchmark: int | None  # tokens
+    benchmark_prefill: int | None  # tokens
+    check: bool
+    # folders
+    save: str | None
+    load: str | None
+    checkpoint_dir: str | None
+    export: tuple[str, str] | None  # (format, folder)
+    output_path: str | None
+    # how to compute
+    kernel: str
+    device: str | None  # None: a GPU if there is one
+    dtype: str
+    walk_batch: int | None  # sequences; None: from the memory
+
+
+# ---------------------------------------------------------------------------
+# One line for what is wrong
+
+
+class Parser(argparse.ArgumentParser):
+    """One line on stderr and exit status 2 for anything wrong with the input."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+    @contextmanager
+    def one_line_errors(self):
+        """What the user did, files, disk and network, and NaN met on the way become such a line; our own bugs are tracebacks."""
+        try:
+            yield
+        except (UsageError, OSError, FloatingPointError) as e:
+            self.error(e)
+
+    def run(self, main):
+        """main(args), with the libraries quiet: for the scripts that are not entry scripts."""
+        args = self.parse_args()
+        with self.one_line_errors():
+            quiet_libraries()
+            main(args)
+
+
+def quiet_libraries():
+    """Silence what is not the user's business, and print warnings as one line.  Raises UsageError if the installation cannot work."""
+    import transformers
+    from tqdm import tqdm
+    from transformers.utils import is_kernels_available
+
+    if is_kernels_available():
+        raise UsageError(
+            "Hugging Face's `kernels` is installed: transformers would take our folder of that name for it; pip uninstall kernels"
+        )
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", DeprecationWarning)  # those of libraries
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Types of values
+
+
+def positive(number):
+    """A whole number of at least 1."""
+    if int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return int(number)
+
+
+def not_negative(number):
+    """A whole number of at least 0."""
+    if int(number) < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return int(number)
+
+
+def batch_size(number):
+    """A whole number of at least 1, or "auto"."""
+    return number if number == "auto" else positive(number)
+
+
+def share(number):
+    """A number of items, or a share of them between 0 and 1."""
+    value = float(number)
+    if not (0 < value < 1 or value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{number}: must be a whole number of items, or a share between 0 and 1")
+    return value if value < 1 else int(value)
+
+
+def listed(names):
+    """The names of a comma list, each once."""
+    return tuple(dict.fromkeys(name for name in names.split(",") if name))
+
+
+# ---------------------------------------------------------------------------
+# Flags
+
+SWITCH = argparse.BooleanOptionalAction  # a preset can switch it on, --no-... off again
+
+
+def add_flags(parser, smallest_scale, corpora):
+    """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family; corpora: that of --eval."""
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="hub name or local folder with config.json, tokenizer and weights; --load needs none"
+    )
+    add_method_flags(parser.add_argument_group("method"))
+    add_smoothing_flags(parser.add_argument_group("smoothing"), smallest_scale)
+    add_solver_flags(parser.add_argument_group("solver (gptq, awrq)"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_evaluation_flags(parser.add_argument_group("evaluation"), corpora)
+    add_task_flags(parser.add_argument_group("tasks (lm-evaluation-harness)"))
+    add_checkpoint_flags(parser.add_argument_group("packed checkpoints"))
+    add_machine_flags(parser.add_argument_group("run"))
+
+
+def add_method_flags(group):
+    group.add_argument("--method", choices=METHODS, default="full", help="how to quantize (default %(default)s: not at all)")
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="paper",
+        help="paper: as published (default); plus: what was found best; single flags override it",
+    )
+    group.add_argument("--wbits", type=int, default=16, metavar="BITS", help="weight bits, 2 to 8; 16 = not quantized (default)")
+    group.add_argument("--act_bits", type=int, default=8, metavar="BITS", help="activation bits, 4 to 8 (default 8); 16 = not quantized")
+    group.add_argument("--act_quant", action="store_true", help="gptq: quantize activations too (the other methods' is implied)")
+    group.add_argument("--act_pertoken", action=SWITCH, default=False, help="one activation scale per token instead of per sequence")
+    group.add_argument("--groupsize", type=int, default=-1, metavar="COLUMNS", help="columns per weight scale; -1 = whole row (default)")
+    group.add_argument("--sym", action="store_true", help="symmetric weight grid (default asymmetric)")
+    group.add_argument(
+        "--clip",
+        choices=CLIPS,
+        default="none",
+        help="shrink each weight range to what costs least: mse, by the weights' own errors; hessian, by those of outputs (default none)",
+    )
+    group.add_argument(
+        "--bias_correction", action=SWITCH, default=False, help="where there is a bias, take the mean error of the output into it"
+    )
+
+
+def add_smoothing_flags(group, smallest_scale):
+    group.add_argument("--smooth", action=SWITCH, help="smooth activations first (default: only smoothquant does)")
+    group.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
+    group.add_argument(
+        "--min",
+        type=float,
+        default=smallest_scale,
+        help="smallest smoothing scale (default %(default)s; opt.py 0.1, main.py 0.01, as in the paper)",
+    )
+    group.add_argument(
+        "--smooth_search",
+        action=SWITCH,
+        default=False,
+        help="for each group of linears the alpha near --alpha with the least output error on a sample",
+    )
+
+
+def add_solver_flags(group):
+    group.add_argument("--percdamp", type=float, default=0.01, help="damping, as a share of the mean Hessian diagonal (default 0.01)")
+    group.add_argument(
+        "--blocksize", type=int, default=1, metavar="COLUMNS", help="columns rounded jointly (default 1; -1 = 1 %% of a row)"
+    )
+    group.add_argument(
+        "--actorder", action=SWITCH, default=False, help="round the columns with the largest inputs first; groups stay in place"
+    )
+    group.add_argument(
+        "--true-sequential", action=SWITCH, default=False, help="let each group of linears see the ones before it quantized"
+    )
+    group.add_argument(
+        "--grid",
+        choices=GRIDS,
+        default="weight",
+        help="find the ranges of rows in the weight, as published (default), or in its reformulation, which is what is rounded",
+    )
+    group.add_argument(
+        "--target",
+        choices=TARGETS,
+        default="layer",
+        help="fit outputs to those of a layer's own input (default), or to the unquantized model's too, which runs beside: stream",
+    )
+    group.add_argument(
+        "--target_mix", type=float, default=0.5, metavar="BETA", help="share of the unquantized model in the target, 0 to 1 (default 0.5)"
+    )
+
+
+def add_data_flags(group):
+    group.add_argument("--calib_data", default="c4", metavar="CORPUS", help="c4 (default), wikitext2, ptb, or a folder of --data_dir")
+    group.add_argument("--nsamples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
+    group.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per sequence (default: the model's context, at most 2048)")
+    group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default 0)")
+    group.add_argument("--data_dir", metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded")
+
+
+def add_evaluation_flags(group, corpora):
+    group.add_argument(
+        "--eval",
+        default=corpora,
+        metavar="CORPORA",
+        help=f"perplexity on these, comma list: wikitext2, ptb, c4, ptb-new, c4-new, folders of --data_dir (default {corpora or 'none'})",
+    )
+    group.add_argument("--new-eval", action="store_true", help="ptb-new for ptb and c4-new for c4: GPTQ's later protocols, not the paper's")
+    group.add_argument("--compare_full", action="store_true", help="evaluate the unquantized model too, corpora and tasks, in the same run")
+    group.add_argument(
+        "--benchmark", type=positive, metavar="TOKENS", help="decode so many tokens of the first corpus one by one: milliseconds per token"
+    )
+    group.add_argument(
+        "--benchmark_prefill",
+        type=positive,
+        metavar="TOKENS",
+        help="read so many tokens of the first corpus at once, as a prompt: milliseconds",
+    )
+    group.add_argument("--check", action="store_true", help="with --benchmark: their perplexity too")
+
+
+def add_task_flags(group):
+    group.add_argument("--tasks", default="", metavar="NAMES", help="comma list, wildcards or YAML files; storycloze is storycloze_2018")
+    group.add_argument(
+        "--num_fewshot", type=not_negative, metavar="N", help="examples before each item (default: as the task says, else 0)"
+    )
+    group.add_argument(
+        "--batch_size", type=batch_size, default=1, metavar="N", help="items run together, or auto (default 1); changes no result"
+    )
+    group.add_argument("--limit", type=share, metavar="N", help="items per task, the first ones; below 1 a share of them (default: all)")
+    group.add_argument("--skip_missing", action="store_true", help="leave out tasks whose data is not there")
+    group.add_argument("--table_results", action="store_true", help="print the tasks as a Markdown table (default: as JSON)")
+
+
+def add_checkpoint_flags(group):
+    group.add_argument("--save", metavar="FOLDER", help="write the quantized model, its codes packed, into a new folder")
+    group.add_argument("--load", metavar="FOLDER", help="evaluate what --save wrote, in place of quantizing")
+    group.add_argument("--checkpoint_dir", metavar="FOLDER", help="keep finished blocks there, and go on after the last one it has")
+    group.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("FORMAT", "FOLDER"),
+        help=f"write the model for others into a new folder; FORMAT: {', '.join(EXPORTS)}",
+    )
+    group.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        default="auto",
+        help="with --load: what computes integers; auto (default): cuda on a GPU if its kernels can be built, else torch",
+    )
+
+
+def add_machine_flags(group):
+    group.add_argument("--device", metavar="NAME", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's, but float32 on a CPU (default)")
+    group.add_argument(
+        "--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory); changes no result"
+    )
+    group.add_argument("--output_path", metavar="FILE", help="write results and their whole protocol to this JSON")
+
+
+# ---------------------------------------------------------------------------
+# Flags to a Run
+
+NEW_EVAL = {"ptb": "ptb-new", "c4": "c4-new"}
+UNSET = object()
+
+
+def parse(parser, argv, script):
+    """The Run that a command line asks for.  Raises UsageError for what does not go together."""
+    untyped = {action.dest: UNSET for action in parser._actions if action.dest != "help"}
+    given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
+    typed = {flag: value for flag, value in given.items() if value is not UNSET}
+    values = {flag: parser.get_default(flag) for flag in given} | PRESETS[typed.get("preset", "paper")] | typed
+    values |= {"eval": listed(values["eval"]), "tasks": listed(values["tasks"])}
+    check_needs(values, typed)
+    recipe = None if values["load"] else make_recipe(values, typed)
+    return Run(
+        script=script,
+        recipe=recipe,
+        corpora=tuple(dict.fromkeys(NEW_EVAL.get(name, name) if values["new_eval"] else name for name in values["eval"])),
+        export=values["export"] and tuple(values["export"]),
+        **{f.name: values[f.name] for f in fields(Run) if f.name not in ("script", "recipe", "corpora", "export")},
+    )
+
+
+def check_needs(values, typed):
+    """Raises UsageError for a flag that needs another one, or does not go with one."""
+    task_flags = ("num_fewshot", "batch_size", "limit", "skip_missing", "table_results")
+    for flag, needs, there in (
+        *((flag, "--tasks", values["tasks"]) for flag in task_flags),
+        ("check", "--benchmark", values["benchmark"]),
+        ("kernel", "--load", values["load"]),
+        ("benchmark", "--eval, whose first corpus it decodes", values["eval"]),
+        ("benchmark_prefill", "--eval, whose first corpus it reads", values["eval"]),
+        ("new_eval", "--eval, whose protocols it changes", values["eval"]),
+    ):
+        if flag in typed and not there:
+            raise UsageError(f"{shown(flag)} needs {needs}")
+    if values["export"] and values["export"][0] not in EXPORTS:
+        raise UsageError(f"--export {values['export'][0]}: no such format; choose from {', '.join(EXPORTS)}")
+    if values["load"]:
+        fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"preset", "act_quant", "save", "checkpoint_dir"}
+        for flag in typed:
+            if flag in fixed:
+                raise UsageError(f"{shown(flag)} does not go with --load, which takes a model as it was quantized; leave it out")
+    elif values["model"] is None:
+        raise UsageError("give MODEL, or --load FOLDER")
+    if values["compare_full"] and values["method"] == "full" and not values["load"]:
+        raise UsageError("--compare_full: --method full has nothing to compare")
+    if not any(values[flag] for flag in ("eval", "tasks", "save", "export", "checkpoint_dir")):
+        raise UsageError("nothing to evaluate: give --tasks or --eval, or --save to quantize only")
+
+
+def make_recipe(values, typed):
+    """The Recipe of {flag: value}, with what its method implies; seqlen is the model's to bound.
+
+    Raises UsageError for a setting out of range, and for one of `typed`, {flag: value}, that the method cannot use.
+    """
+    method = METHODS[values["method"]]
+    acts = values["act_quant"] if values["act_quant"] in method.acts else method.acts[0]
+    smooth = values["smooth"] if values["smooth"] in method.smooth else method.smooth[0]
+    settings = {f.name: values[f.name] for f in fields(Recipe) if f.name != "seqlen"}
+    for usable, what, flags in (
+        (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize", "clip", "bias_correction")),
+        (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
+        (method.stats or values["clip"] != "hessian", "compensate errors", ("clip",)),
+        (method.stats and values["target"] == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),
+        (True in method.smooth or not values["smooth"], "smooth", ("smooth",)),
+        (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
+        (True in method.acts, "quantize activations", ("act_quant",)),
+        (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken")),
+    ):
+        for flag in flags if not usable else ():
+            if flag in typed and (flag, typed[flag]) not in NOTHING and typed[flag] is not False:
+                raise UsageError(f"{shown(flag, typed[flag])}: --method {values['method']} does not {what}")
+            if flag in PRESETS[values["preset"]]:  # what a method cannot use of a preset, it goes without
+                settings[flag] = getattr(Recipe, flag)
+    if values["smooth"] is False and False not in method.smooth:
+        raise UsageError(f"--no-smooth: --method {values['method']} does not go without smoothing")
+    if method.weights and values["wbits"] == 16:
+        raise UsageError(f"--method {values['method']} quantizes weights: give --wbits, 2 to 8")
+    if not method.weights and (writes := [flag for flag in ("save", "checkpoint_dir", "export") if values[flag]]):
+        raise UsageError(f"{shown(writes[0])}: --method {values['method']} rounds no weights, so there is nothing to pack; choose one that does")
+    recipe = Recipe(**settings | {"act_bits": values["act_bits"] if acts else 16, "smooth": smooth})
+    return recipe if values["seqlen"] is None else replace(recipe, seqlen=values["seqlen"])
+
+
+NOTHING = (("act_bits", 16), ("wbits", 16), ("target", "layer"), ("clip", "none"))  # settings that say: do not, as --no-... does
+
+
+def shown(flag, value=None):
+    """A flag as it is typed."""
+    name = flag.replace("true_", "true-").replace("new_", "new-")
+    return {None: f"--{name}", True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}")
+
+
+def main(script, doc, smallest_scale, corpora, argv=None):
+    """A script: the command line to its end.  doc: its docstring; smallest_scale, corpora: see add_flags."""
+    parser = Parser(prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, smallest_scale, corpora)
+    with parser.one_line_errors():
+        run = parse(parser, argv, script)
+        quiet_libraries()
+        from run.pipeline import execute  # only now: it takes seconds
+
+        execute(run)
