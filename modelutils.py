@@ -1,10 +1,9 @@
 """Decoder models: the table of families, configuration and tokenizer, and a decoder whose blocks come from a source, one at a time."""
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
 
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from formats.names import check_complete, model_names
-from formats.shards import Tensors, find_weights, sha256
+from formats.original import Original, assign
+from formats.shards import Tensors, find_weights
 from quant import Batch
 from recipe import UsageError
 from runtime import find_place, free_memory, release, total_memory, trim
@@ -229,82 +228,12 @@ def default_walk_batch(config, seqlen, device):
 
 
 # ---------------------------------------------------------------------------
-# Where tensors come from
-
-
-def assign(module, tensors):
-    """Give a module on the meta device its tensors, {name: tensor}, in its own types.  Raises UsageError, naming a tensor, if they do not fit."""
-    own = module.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        raise UsageError(f"{name}: only the {'model' if name in own else 'checkpoint'} has it; config.json is of another model")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise UsageError(f"{name}: {tuple(tensor.shape)}, should be {tuple(own[name].shape)}; config.json is of another model")
-    module.load_state_dict({name: t.to(own[name].dtype) for name, t in tensors.items()}, assign=True)
-
-
-class Original:
-    """The tensors of an unquantized checkpoint, as the source of a Decoder's.
-
-    A source has read(i) -> {name in the block: tensor}, what is stored of block i; build(block, tensors, batch) -> the block, made of
-    an empty one and what read gave; rest(names) -> {name: tensor}, for tensors outside the blocks; and `tied`, {name: the name of the
-    tensor that it shares}.  What read gives is the caller's, and build leaves it as it is.
-    """
-
-    arithmetic = "as the model came"
-
-    def __init__(self, skeleton, shards, name):
-        """shards: see formats.shards.  Raises UsageError, naming a tensor, if one is missing or of another shape than the skeleton's."""
-        self.shards, self.name = shards, name
-        self.names, _ = model_names(skeleton, shards.shapes)
-        self.tied = self._find_tied(skeleton)
-        check_complete(skeleton, self.names, shards.shapes, self.tied, name)
-        self.prefix = f"{FAMILIES[skeleton.config.model_type].blocks}."
-
-    def _find_tied(self, skeleton):
-        """The tensors that share another's: those that the class ties, unless the checkpoint has two that differ."""
-        tied = {}
-        for target, source in skeleton.all_tied_weights_keys.items():
-            if source not in self.names:
-                target, source = source, target
-            both = [self.names[n] for n in (target, source) if n in self.names]
-            if len(both) < 2 or torch.equal(*self.shards.read(both).values()):
-                tied[target] = source
-        return tied
-
-    def _read(self, names):
-        found = self.shards.read([self.names[name] for name in names])
-        tensors = {name: found[self.names[name]] for name in names}
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise FloatingPointError(f"{self.name}: NaN or Inf in the weight {name}")
-        return tensors
-
-    def _names(self, i=None):
-        """Names of the tensors of block i; None: of those outside the blocks."""
-        prefix = f"{self.prefix}{i}."
-        return [n for n in self.names if (n.startswith(prefix) if i is not None else not n.startswith(self.prefix))]
-
-    def digest(self, i=None):
-        """sha256, hexadecimal, of the tensors of block i, or of those outside the blocks: names and values as the checkpoint has them."""
-        found = self.shards.read([self.names[name] for name in self._names(i)])
-        lines = (f"{name} {sha256(found[self.names[name]])}\n" for name in sorted(self._names(i)))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def read(self, i):
-        prefix = f"{self.prefix}{i}."
-        return {name.removeprefix(prefix): t for name, t in self._read(self._names(i)).items()}
-
-    def build(self, block, tensors, batch):
-        assign(block, tensors)
-        return block
-
-    def rest(self, names):
-        return self._read(names)
-
-
-# ---------------------------------------------------------------------------
 # The decoder
+
+
+def _prefix(config):
+    """What the names of the tensors of all blocks begin with."""
+    return f"{FAMILIES[config.model_type].blocks}."
 
 
 def skeleton(config, dtype):
@@ -327,11 +256,9 @@ def open_decoder(name, dtype="auto", device="cpu", config=None):
     """
     config = config or load_config(name)
     empty = skeleton(config, run_dtype(config, dtype, torch.device(device)))
-    try:
+    with suppress(OSError):  # of a model that has none, transformers made one from config.json
         empty.generation_config = GenerationConfig.from_pretrained(name)
-    except OSError:  # it has none: transformers made one from config.json
-        pass
-    return Decoder(empty, Original(empty, find_weights(name), name), config.dtype if dtype == "auto" else None)
+    return Decoder(empty, Original(empty, find_weights(name), _prefix(config), name), config.dtype if dtype == "auto" else None)
 
 
 def decoder_of(model):
@@ -339,7 +266,7 @@ def decoder_of(model):
     check_one_attention(model.config)
     empty = skeleton(model.config, model.dtype)
     empty.generation_config = model.generation_config
-    return Decoder(empty, Original(empty, Tensors(model.state_dict()), "the model"))
+    return Decoder(empty, Original(empty, Tensors(model.state_dict()), _prefix(model.config), "the model"))
 
 
 def stand_in(block, forward):
@@ -351,9 +278,9 @@ def stand_in(block, forward):
 
 
 class Decoder:
-    """A causal language model: its skeleton on the meta device, and the source of its tensors (see Original), which may be quantized.
+    """A causal language model: its skeleton on the meta device, and the source of its tensors (see formats.original), which may be quantized.
 
-    No more than one block is in memory at a time, and embedding and head only while they are needed, unless the whole model is materialized.
+    No more than one block is in memory at a time, and embedding and head only while they are needed, unless it is materialized as a whole.
     """
 
     def __init__(self, skeleton, source, stored_dtype=None):

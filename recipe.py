@@ -1,4 +1,4 @@
-"""What a run is asked for: the recipe, the methods and presets, and the names that flags take.  Imports no torch, so that --help is quick."""
+"""The recipe of a run, the methods and presets, and the names that flags take.  Imports no torch, so that --help is quick."""
 
 from dataclasses import dataclass, replace
 

@@ -38,8 +38,8 @@ def random_x(B, T, C, dtype, seed=0):
     return (x + 0.2).to(dtype)
 
 
-def poisoned(library, x, weight, config, parts, bits=8, per_token=False, lengths=None):
-    """y of one configuration, y and the workspace garbage before."""
+def poisoned(library, x, weight, config, parts, settings=(8, False, None)):
+    """y of one configuration, y and the workspace garbage before.  settings: act_bits, per_token, lengths."""
     y = torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype, device=x.device)
     stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
 
@@ -47,7 +47,7 @@ def poisoned(library, x, weight, config, parts, bits=8, per_token=False, lengths
         memory = torch.full((size + 256,), 255, dtype=torch.uint8, device=x.device)
         return memory[-memory.data_ptr() % 256 :]
 
-    return cuda.launch(library, x, y, weight, bits, per_token, lengths, config, parts, stream, empty)
+    return cuda.launch(library, x, y, weight, *settings, config, parts, stream, empty)
 
 
 def equal(y, wanted, weight):
@@ -76,7 +76,7 @@ def every_configuration(library, device, shapes=SHAPES, types=(*TYPES, torch.flo
                         for parts in splits:
                             if cuda.takes(library, config, parts, B * T, rows, columns, weight.groupsize):
                                 settings = (8 - i, per_token, None if lengths is None else lengths.to(device))
-                                y = poisoned(library, x.to(device), on_device, config, parts, *settings)
+                                y = poisoned(library, x.to(device), on_device, config, parts, settings)
                                 yield f"{config} / {parts}, {B}x{T}, {rows}x{columns} g{groupsize}, {dtype}", equal(y.cpu(), wanted, weight)
 
 

@@ -29,7 +29,7 @@ def random_weight(rows, columns, groupsize=-1, device="cpu", seed=0):
     return kernels.prepare(q, scale, zero, groupsize, torch.randn(rows, generator=g, device=device))
 
 
-def run(library, x, weight, config, parts, bits=8, per_token=False, lengths=None):
+def run(library, x, weight, config, parts):
     """y of one configuration, on the current stream."""
     stream = torch.cuda.current_stream().cuda_stream
     y = x.new_empty(*x.shape[:2], weight.rows)
@@ -37,7 +37,7 @@ def run(library, x, weight, config, parts, bits=8, per_token=False, lengths=None
     def empty(size):
         return torch.empty(size, dtype=torch.uint8, device=x.device)
 
-    return cuda.launch(library, x, y, weight, bits, per_token, lengths, config, parts, stream, empty)
+    return cuda.launch(library, x, y, weight, 8, False, None, config, parts, stream, empty)
 
 
 def candidates(library, tokens, rows, columns, groupsize):

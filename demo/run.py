@@ -7,7 +7,6 @@ paper's tables.
 """
 
 import argparse
-import copy
 import io
 import logging
 import statistics
@@ -21,16 +20,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import matplotlib  # noqa: E402
+import torch  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from datautils import calibration, eval_tokens  # noqa: E402
-from evalutils import accuracies, perplexity, spread, table, versions, write_json, zero_shot  # noqa: E402
-from modelutils import METHODS, load_model, load_tokenizer, quantize_blocks  # noqa: E402
-from quant import Recipe  # noqa: E402
-from zeroshot import load_tasks, task_protocol  # noqa: E402
+from evaluation.perplexity import perplexity  # noqa: E402
+from evaluation.zeroshot import load_tasks, task_protocol, zero_shot  # noqa: E402
+from formats.checkpoint import Store  # noqa: E402
+from modelutils import load_tokenizer, open_decoder  # noqa: E402
+from recipe import METHODS, Recipe  # noqa: E402
+from run.quantize import quantize_blocks  # noqa: E402
+from run.report import accuracies, spread, table  # noqa: E402
+from runtime import versions, write_json  # noqa: E402
 
 SEEDS = (0, 1, 2)
 COLUMNS = {"W4A8": (4, 8), "W3A8": (3, 8), "W4A6": (4, 6)}
@@ -71,18 +75,18 @@ def recipes(rows, **settings):
     return cells
 
 
-def run_cells(name, model, tokenizer, cells, measure):
-    """({cell: [measure(quantized model) of each seed]}, the calibrations' protocols)"""
+def run_cells(name, decoder, tokenizer, cells, measure):
+    """({cell: [measure(quantized decoder) of each seed]}, the calibrations' protocols)"""
     first = next(iter(cells.values()))[0]
     ids = {seed: calibration("world", tokenizer, first.nsamples, first.seqlen, seed, ROOT / "demo/data") for seed in SEEDS}
     results = {cell: [] for cell in cells}
     with tqdm(total=sum(map(len, cells.values())), desc=f"demo, {name}", unit="run") as bar:
         for cell, seeds in cells.items():
             for recipe in seeds:
-                quantized = copy.deepcopy(model)
-                for _ in quantize_blocks(quantized, ids[recipe.seed][0], recipe, walk_batch=8):
+                store = Store(decoder, recipe)
+                for _ in quantize_blocks(decoder, ids[recipe.seed][0], recipe, store, walk_batch=8):
                     pass
-                results[cell].append(measure(quantized))
+                results[cell].append(measure(store.decoder()))
                 bar.update()
     return results, {seed: how for seed, (_, how) in ids.items()}
 
@@ -115,15 +119,15 @@ def plot(path, full, results):
 
 def opt(args, folder):
     """The perplexity of the tiny OPT: table, picture, JSON."""
-    model, tokenizer = load_model(ROOT / "demo/opt"), load_tokenizer(ROOT / "demo/opt")
-    seqlen = model.config.max_position_embeddings
+    decoder, tokenizer = open_decoder(ROOT / "demo/opt"), load_tokenizer(ROOT / "demo/opt")
+    seqlen = decoder.config.max_position_embeddings
     text, evaluation = eval_tokens("world", tokenizer, seqlen, ROOT / "demo/data")
 
-    def measure(model):
-        return perplexity(model, text, seqlen, walk_batch=8)["ppl"]
+    def measure(decoder):
+        return perplexity(decoder, text, seqlen, walk_batch=8)["ppl"]
 
-    full, cells = measure(model), recipes(ROWS, nsamples=args.nsamples, seqlen=seqlen)
-    results, calibrations = run_cells("OPT", model, tokenizer, cells, measure)
+    full, cells = measure(decoder), recipes(ROWS, nsamples=args.nsamples, seqlen=seqlen)
+    results, calibrations = run_cells("OPT", decoder, tokenizer, cells, measure)
     print("\nDEMO: a tiny OPT trained on a generated world, outlier channels planted (powers of two). Not the paper's table.")
     print(f"Perplexity on {evaluation['corpus']} {evaluation['split']}, mean ± half the range over {len(SEEDS)} calibration seeds\n")
     rows = [[label, *(spread(results[label, c]) if (label, c) in results else "" for c in COLUMNS)] for label in ROWS]
@@ -138,17 +142,17 @@ def opt(args, folder):
 
 def llama(args, folder):
     """The accuracies of the tiny LLaMA: table, JSON."""
-    model, tokenizer = load_model(ROOT / "demo/llama"), load_tokenizer(ROOT / "demo/llama")
+    decoder, tokenizer = open_decoder(ROOT / "demo/llama"), load_tokenizer(ROOT / "demo/llama")
     tasks = load_tasks([str(ROOT / f"demo/tasks/{task}.yaml") for task in TASKS])
 
-    def measure(model):
+    def measure(decoder):
         with redirect_stderr(io.StringIO()):  # its bars, some for every run, would bury the table
-            found = accuracies(zero_shot(model, tokenizer, tasks, batch_size=32, limit=N_ITEMS))
+            found = accuracies(zero_shot(decoder.materialize(torch.device("cpu")), tokenizer, tasks, batch_size=32, limit=N_ITEMS))
         return {task: 100 * found[task][0] for task in TASKS}
 
-    full = measure(model)
-    cells = recipes(LLAMA_ROWS, nsamples=args.nsamples, seqlen=model.config.max_position_embeddings, min=0.01)
-    results, calibrations = run_cells("LLaMA", model, tokenizer, cells, measure)
+    full = measure(decoder)
+    cells = recipes(LLAMA_ROWS, nsamples=args.nsamples, seqlen=decoder.config.max_position_embeddings, min=0.01)
+    results, calibrations = run_cells("LLaMA", decoder, tokenizer, cells, measure)
     print("\nDEMO: a tiny LLaMA that knows the same world. Not the paper's table.")
     print(f"Accuracy in percent on the first {N_ITEMS} items of each task, mean ± half the range over {len(SEEDS)} calibration seeds")
     print("(chance is 25 for world_deed and 50 for world_why; the standard error of one value is up to 6.5)\n")

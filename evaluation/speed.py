@@ -82,7 +82,10 @@ def decode(model, ids, check=False):
 
 @torch.no_grad()
 def prefill(model, ids):
-    """Let a materialized model read ids (N,) at once, as a prompt, to the logits of what comes next: {"ms": the median, "tokens": N, "tokens_per_second", "how"}."""
+    """Let a materialized model read ids (N,) at once, as a prompt, to the logits of what comes next.
+
+    Returns {"ms": the median, "tokens": N, "tokens_per_second", "how": in words}.
+    """
     ids = ids.to(model.device)[None]
     how = "call by call" + ", blocks copied to the device in each" * bool(model.visiting)
     times = [seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), ids.device) for _ in range(READS + 1)][1:]

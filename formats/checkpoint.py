@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
-from modelutils import Decoder, assign, load_config, run_dtype, skeleton
+from modelutils import Decoder, load_config, run_dtype, skeleton
 from quant import Grid, IntLinear, from_int, replace_linears
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
@@ -184,7 +185,9 @@ class Store:
     # ---- Writing ----
 
     def put(self, i, made, layers, streams):
-        """Keep block i, which is finished.  made: a run.quantize.Made; layers: a list for JSON; streams: Sequences after it, unused here."""
+        """Keep block i, which is finished.  made: a run.quantize.Made; layers: a list for JSON; streams: Sequences after it, which
+        only a ResumableStore keeps.
+        """
         block, codes = made.block, made.codes
         if self.packs:
             tensors = {name: t for name, t in block.state_dict().items() if name.removesuffix(".weight") not in codes}

@@ -13,7 +13,6 @@ from formats.shards import Claim, read_json, read_shard, remove_partial, sha256,
 from recipe import UsageError
 from runtime import write_json
 
-
 FORMAT = 2  # of a --checkpoint_dir; another one is refused
 
 

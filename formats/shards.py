@@ -94,10 +94,7 @@ def _find_shards(name, index, opened):
     """The Shards that an index lists."""
     weight_map = read_json(index, ("weight_map",))["weight_map"]
     files = sorted(set(weight_map.values()))
-    if os.path.isdir(name):
-        paths = [Path(name, file) for file in files]
-    else:
-        paths = cached_files(name, files)
+    paths = [Path(name, file) for file in files] if os.path.isdir(name) else cached_files(name, files)
     for path in paths:
         if not Path(path).is_file():
             raise UsageError(f"{path}: this shard, which {index} lists, is missing; {REMEDY}")

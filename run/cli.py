@@ -193,9 +193,7 @@ def add_solver_flags(group):
     group.add_argument(
         "--actorder", action=SWITCH, default=False, help="round the columns with the largest inputs first; groups stay in place"
     )
-    group.add_argument(
-        "--true-sequential", action=SWITCH, default=False, help="let each group of linears see the ones before it quantized"
-    )
+    group.add_argument("--true-sequential", action=SWITCH, default=False, help="let each group of linears see the ones before it quantized")
     group.add_argument(
         "--grid",
         choices=GRIDS,
@@ -364,7 +362,9 @@ def make_recipe(values, typed):
     if method.weights and values["wbits"] == 16:
         raise UsageError(f"--method {values['method']} quantizes weights: give --wbits, 2 to 8")
     if not method.weights and (writes := [flag for flag in ("save", "checkpoint_dir", "export") if values[flag]]):
-        raise UsageError(f"{shown(writes[0])}: --method {values['method']} rounds no weights, so there is nothing to pack; choose one that does")
+        raise UsageError(
+            f"{shown(writes[0])}: --method {values['method']} rounds no weights, so there is nothing to pack; choose one that does"
+        )
     recipe = Recipe(**settings | {"act_bits": values["act_bits"] if acts else 16, "smooth": smooth})
     return recipe if values["seqlen"] is None else replace(recipe, seqlen=values["seqlen"])
 

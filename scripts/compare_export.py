@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import reference
 
-import checkpoint
 import quant
-from evalutils import table
-from modelutils import Parser, load_tokenizer, positive, share
-from zeroshot import QuantizedLM, leaves, load_tasks, task_manager
+from evaluation.zeroshot import QuantizedLM, leaves, load_tasks, task_manager
+from formats.checkpoint import load, open_checkpoint
+from modelutils import load_tokenizer
+from run.cli import Parser, positive, share
+from run.report import table
 
 METRICS = ("acc", "acc_norm")  # by log-likelihood, by that per character
 
@@ -61,11 +62,9 @@ def perturbed(model, tokenizer, tasks, limit, seed):
 
 def fake_quantized(folder):
     """The model of a checkpoint of ours, dequantized, its activations rounded in floating point."""
-    config, about = checkpoint.load_packed_config(folder)
-    model = checkpoint.empty_model(config, torch.float32)
-    for _ in checkpoint.restore(folder, model, about["recipe"]):
-        pass
-    return model.eval()
+    decoder = open_checkpoint(folder, "float32")
+    decoder.source.kernel = None
+    return decoder.materialize(torch.device("cpu"))
 
 
 def moved(a, b):
@@ -130,7 +129,7 @@ def compare_exactly(a, b):
 @torch.no_grad()
 def main(args):
     tasks, tokenizer = load_tasks(args.tasks.split(","), args.data_dir), load_tokenizer(args.loaded)
-    model = checkpoint.load(args.loaded)
+    model = load(args.loaded)
     export = HFLM(pretrained=args.exported, dtype="float32", device="cpu", batch_size=1)
     ours, theirs = answers(QuantizedLM(model, tokenizer), tasks, args.limit), answers(export, tasks, args.limit)
     others = [perturbed(model, tokenizer, tasks, args.limit, seed) for seed in range(args.runs)]

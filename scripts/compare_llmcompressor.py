@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from table import counted
 
 from datautils import calibration, eval_tokens
-from evalutils import perplexity
-from modelutils import Parser, load_model, load_tokenizer, positive
+from evaluation.perplexity import perplexity
+from modelutils import load_tokenizer
+from recipe import UsageError
+from run.cli import Parser, positive
 
 
 def quantized(name, ids, wbits, smooth):
@@ -29,7 +32,7 @@ def quantized(name, ids, wbits, smooth):
     from llmcompressor.modifiers.quantization import GPTQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    model = load_model(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=QuantizationArgs(num_bits=wbits, type="int", symmetric=False, strategy="channel"),
@@ -52,7 +55,7 @@ def main(args):
     try:
         import llmcompressor
     except ImportError as e:
-        raise ValueError(f"llmcompressor cannot be imported ({e}); install 0.14.0.1 into an environment of its own") from e
+        raise UsageError(f"llmcompressor cannot be imported ({e}); install 0.14.0.1 into an environment of its own") from e
     tokenizer = load_tokenizer(args.model)
     text, _ = eval_tokens("report", tokenizer, args.seqlen, args.data_dir)
     found = []

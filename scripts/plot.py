@@ -15,9 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evalutils import table
 from bench.timing import SCHEMA, best_time, speedup
-from modelutils import Parser
+from recipe import UsageError
+from run.cli import Parser
+from run.report import table
 
 BASE, OURS = "float16", "w4a8"
 COLOURS = dict(zip((OURS, "w4a8 product", "bfloat16", "int8 product"), ("#0072b2", "#56b4e9", "#999999", "#d55e00"), strict=True))
@@ -32,20 +33,20 @@ DPI = 150
 
 
 def read(files):
-    """{"layers" or "blocks": report}.  Raises OSError or ValueError, which name the file."""
+    """{"layers" or "blocks": report}.  Raises OSError or UsageError, which name the file."""
     reports = {}
     for file in files:
         try:
             report = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as e:
-            raise ValueError(f"{file}: not JSON ({e})") from e
+            raise UsageError(f"{file}: not JSON ({e})") from e
         kind = report.get("kind") if isinstance(report, dict) else None
         if kind not in ("layers", "blocks") or report.get("schema") != SCHEMA:
-            raise ValueError(f"{file}: no result of this version's `python -m bench.linears`; give what its --output_path wrote")
+            raise UsageError(f"{file}: no result of this version's `python -m bench.linears`; give what its --output_path wrote")
         if kind in reports:
-            raise ValueError(f"{file}: a second result of {kind}; give one of each kind")
+            raise UsageError(f"{file}: a second result of {kind}; give one of each kind")
         if not report["cells"]:
-            raise ValueError(f"{file}: has no cells; measure again")
+            raise UsageError(f"{file}: has no cells; measure again")
         reports[kind] = report
     return reports
 

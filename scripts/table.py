@@ -20,15 +20,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evalutils import DEFAULTS, SCHEMA, accuracies, average, recipe_name, spread, table, write_json
-from modelutils import METHODS, Parser
+from recipe import METHODS, UsageError
+from run.cli import Parser
+from run.report import DEFAULTS, SCHEMA, accuracies, average, recipe_name, spread, table
+from runtime import write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 METRICS = ("acc", "acc_norm")
 
 
 def read(folders):
-    """{file: run} of all results.  Raises OSError if there are none, ValueError for a file that is none."""
+    """{file: run} of all results.  Raises OSError if there are none, UsageError for a file that is none."""
     runs = {}
     for folder in folders:
         files = sorted(Path(folder).rglob("*.json"))
@@ -38,10 +40,10 @@ def read(folders):
             try:
                 runs[file] = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as e:
-                raise ValueError(f"{file}: not JSON ({e}); remove it and run it again") from e
+                raise UsageError(f"{file}: not JSON ({e}); remove it and run it again") from e
             schema = runs[file].get("schema") if isinstance(runs[file], dict) else None
             if schema != SCHEMA:
-                raise ValueError(
+                raise UsageError(
                     f"{file}: its schema is {schema}, this script reads {SCHEMA}; results of opt.py and main.py only, of this version"
                 )
     return runs
@@ -81,13 +83,13 @@ def shared_protocol(run):
 
 
 def common_protocol(runs, what, protocol_of):
-    """The protocol_of(run, what) of all runs.  Raises ValueError, naming file and difference, if there is more than one."""
+    """The protocol_of(run, what) of all runs.  Raises UsageError, naming file and difference, if there is more than one."""
     seen = {}
     for file, run in runs.items():
         for key, value in protocol_of(run, what).items():
             other, first = seen.setdefault(key, (value, file))
             if value != other:
-                raise ValueError(f"{file}: {what} {key} is {value}, but {other} in {first}; such runs do not go into one table")
+                raise UsageError(f"{file}: {what} {key} is {value}, but {other} in {first}; such runs do not go into one table")
     return {key: value for key, (value, _) in seen.items()}
 
 
@@ -131,7 +133,7 @@ def grid(title, columns, ours, theirs, recipes, sources, notes):
 def gather(runs, numbers_of, rows):
     """({(row, column): text} of our runs, of the published rows, {row: recipe}, {row: source}).
 
-    numbers_of(run): {column: text}; rows: [(recipe, source, {column: text})].  Raises ValueError if two runs have the same place.
+    numbers_of(run): {column: text}; rows: [(recipe, source, {column: text})].  Raises UsageError if two runs have the same place.
     """
     ours, theirs, recipes, sources, files = {}, {}, {}, {}, {}
     for recipe, source, values in rows:
@@ -143,7 +145,7 @@ def gather(runs, numbers_of, rows):
         recipes[name] = run["recipe"]
         for at, value in numbers_of(run).items():
             if (name, at) in files:
-                raise ValueError(f"{file}: {name} of {column(run)} again, after {files[name, at]}; keep one of them")
+                raise UsageError(f"{file}: {name} of {column(run)} again, after {files[name, at]}; keep one of them")
             ours[name, at], files[name, at] = value, file
     return ours, theirs, recipes, sources
 
