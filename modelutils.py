@@ -278,7 +278,7 @@ def stand_in(block, forward):
 
 
 class Decoder:
-    """A causal language model: its skeleton on the meta device, and the source of its tensors (see formats.original), which may be quantized.
+    """A causal language model: its skeleton on the meta device, and the source of its tensors (see formats.original), quantized or not.
 
     No more than one block is in memory at a time, and embedding and head only while they are needed, unless it is materialized as a whole.
     """

@@ -1,4 +1,4 @@
-"""The command line: argv to a Run, and what is wrong with it in one line.  Imports nothing slow, so that --help and a wrong flag are quick."""
+"""The command line: argv to a Run, or one line about what is wrong.  Imports nothing slow, so that --help is quick."""
 
 import argparse
 import logging

@@ -95,9 +95,9 @@ def to_quantize(run):
 def to_evaluate(run):
     """The Subject of a run that loads what --save wrote."""
     config, about = load_packed_config(run.load, run.script)
-    if run.model:
-        if other := list(differences(describe_config(config), describe_config(load_config(run.model, run.script)))):
-            raise UsageError(f"--load {run.load}: is not a checkpoint of {run.model}: {abbreviate(other)}")
+    original = load_config(run.model, run.script) if run.model else config
+    if other := list(differences(describe_config(config), describe_config(original))):
+        raise UsageError(f"--load {run.load}: is not a checkpoint of {run.model}: {abbreviate(other)}")
     model = run.model or about.get("model", run.load)
     if run.compare_full and not is_original(model, run.script):
         raise UsageError(f"--compare_full: {model} is not the unquantized model; with --load give that as MODEL")
