@@ -170,6 +170,9 @@ class Sequences:
         """Batch k, on the device."""
         return self.x[k].to(self.place.device)
 
+    def __setitem__(self, k, x):
+        self.x[k] = self.place.put(x)
+
     def record(self, x, **arguments):
         """Stands in for the first block: keeps what it would have read."""
         self.x.append(self.place.put(x))
@@ -184,7 +187,7 @@ class Sequences:
     def propagate(self, block, name):
         """Replace the inputs of a block by its outputs, batch by batch."""
         for k in range(len(self)):
-            self.x[k] = self.place.put(self.run(block, k, name))
+            self[k] = self.run(block, k, name)
 
 
 def run_block(block, x, arguments, name):
@@ -239,7 +242,7 @@ def _prefix(config):
 def skeleton(config, dtype):
     """The model of a configuration, in evaluation mode, its parameters on the meta device; dtype: a torch.dtype."""
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False).eval().requires_grad_(False)
 
 
 def run_dtype(config, dtype, device):

@@ -30,7 +30,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accel
 
 def find_device(name=None):
     """torch.device of a name; None: a GPU if there is one.  Raises UsageError unless it is there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")

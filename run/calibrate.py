@@ -113,7 +113,7 @@ class Stream(Sequences):
         """Batch k through the unquantized block, the first time.  at_once: linears that need what it reads now; others' is kept."""
         if k == self.done:
             self.at_once, self.done = at_once, k + 1
-            self.x[k] = self.place.put(super().run(self.block, k, name))
+            self[k] = super().run(self.block, k, name)
 
     def target(self, linear, x):
         """What a linear that reads x (B, T, C) in the quantized model should be fitted to, float32.  Once a batch, in their order."""

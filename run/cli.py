@@ -287,7 +287,14 @@ NEW_EVAL = {"ptb": "ptb-new", "c4": "c4-new"}
 UNSET = object()
 
 
-def parse(parser, argv, script):
+def make_parser(script, doc, smallest_scale, corpora):
+    """The parser of a script.  doc: its docstring; the others: see add_flags."""
+    parser = Parser(prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, smallest_scale, corpora)
+    return parser
+
+
+def parse(parser, argv=None):
     """The Run that a command line asks for.  Raises UsageError for what does not go together."""
     untyped = {action.dest: UNSET for action in parser._actions if action.dest != "help"}
     given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
@@ -297,7 +304,7 @@ def parse(parser, argv, script):
     check_needs(values, typed)
     recipe = None if values["load"] else make_recipe(values, typed)
     return Run(
-        script=script,
+        script=parser.prog,
         recipe=recipe,
         corpora=tuple(dict.fromkeys(NEW_EVAL.get(name, name) if values["new_eval"] else name for name in values["eval"])),
         export=values["export"] and tuple(values["export"]),
@@ -378,12 +385,11 @@ def shown(flag, value=None):
     return {None: f"--{name}", True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}")
 
 
-def main(script, doc, smallest_scale, corpora, argv=None):
-    """A script: the command line to its end.  doc: its docstring; smallest_scale, corpora: see add_flags."""
-    parser = Parser(prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, smallest_scale, corpora)
+def main(*script, argv=None, **defaults):
+    """A script from its command line to the end.  script, defaults: the arguments of make_parser; argv: that of the process."""
+    parser = make_parser(*script, **defaults)
     with parser.one_line_errors():
-        run = parse(parser, argv, script)
+        run = parse(parser, argv)
         quiet_libraries()
         from run.pipeline import execute  # only now: it takes seconds
 

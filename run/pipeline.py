@@ -88,7 +88,7 @@ def to_quantize(run):
     if getattr(config, "quantization_config", None):
         raise UsageError(f"{run.model} is quantized already; give the original, or --load for what --save wrote")
     context = config.max_position_embeddings
-    recipe = replace(run.recipe, seqlen=seqlen_for(run.seqlen or min(2048, context), context))
+    recipe = with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
     return Subject(run.model, config, recipe, load_tokenizer(run.model))
 
 
@@ -101,8 +101,8 @@ def to_evaluate(run):
     model = run.model or about.get("model", run.load)
     if run.compare_full and not is_original(model, run.script):
         raise UsageError(f"--compare_full: {model} is not the unquantized model; with --load give that as MODEL")
-    seqlen = seqlen_for(run.seqlen or about["recipe"].seqlen, config.max_position_embeddings)
-    return Subject(model, config, replace(about["recipe"], seqlen=seqlen), load_tokenizer(run.load), about.get("calibration") or {})
+    recipe = with_seqlen(about["recipe"], run.seqlen or about["recipe"].seqlen, config.max_position_embeddings)
+    return Subject(model, config, recipe, load_tokenizer(run.load), about.get("calibration") or {})
 
 
 def is_original(name, script):
@@ -113,11 +113,11 @@ def is_original(name, script):
         return False
 
 
-def seqlen_for(seqlen, context):
-    """seqlen, if the model's context is long enough for it."""
+def with_seqlen(recipe, seqlen, context):
+    """The recipe for sequences of so many tokens, if the model's context is long enough for them."""
     if seqlen > context:
         raise UsageError(f"--seqlen {seqlen}: the model's context is {context} tokens")
-    return seqlen
+    return replace(recipe, seqlen=seqlen)
 
 
 def check_lengths(run, config):

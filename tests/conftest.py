@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import warnings
+from copy import deepcopy
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything imports the hub's client
 
@@ -15,7 +16,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from modelutils import FAMILIES
+from formats.checkpoint import Store
+from modelutils import FAMILIES, decoder_of
+from run import cli
+from run.pipeline import with_seqlen
+from run.quantize import quantize_blocks
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(96))]
 CONTEXT = 64
@@ -121,6 +126,41 @@ def save_model(folder, model, tokenizer=None):
     return folder
 
 
+CPU = torch.device("cpu")
+
+
+def quantize(model, ids, recipe, walk_batch=1, store=None):
+    """Quantize a transformers model: the quantized one, whole, the Store of its blocks, and [Layer]."""
+    store = store or Store(decoder_of(model), recipe)
+    layers = [layer for block in quantize_blocks(store.original, ids, recipe, store, CPU, walk_batch) for layer in block]
+    return store.decoder().materialize(CPU), store, layers
+
+
+class FinishedBlocks(Store):
+    """A store that keeps blocks as they were finished, unpacked."""
+
+    def put(self, i, made, layers, streams):
+        self.blocks[i] = deepcopy(made)
+
+    def model(self, model):
+        """A copy of a transformers model with these blocks."""
+        model = deepcopy(model)
+        for i, made in self.blocks.items():
+            decoder_blocks(model)[i] = made.block
+        return model
+
+
+def decoder_blocks(model):
+    """The list of decoder blocks of a transformers model."""
+    return model.get_submodule(FAMILIES[model.config.model_type].blocks)
+
+
+def recipe_of(script, line, context=2048):
+    """The recipe that a command line of a script, such as opt, asks for, of a model with that context."""
+    run = cli.parse(cli.make_parser(*script.main.args, **script.main.keywords), ["MODEL", *line.split()])
+    return with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
+
+
 @pytest.fixture(params=VARIANTS, ids="-".join)
 def model(request):
     """A tiny model of every family and variant; `groups`, `absorb`, `keeps_in_scale` say what the tables of this file say about it."""
@@ -156,13 +196,14 @@ def run_script(monkeypatch, capfd):
     verbosity = transformers.logging.get_verbosity()
 
     def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        argv = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
         capfd.readouterr()
         status = 0
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             try:
-                module.parser().run(module.main)
+                module.parser().run(module.main) if hasattr(module, "parser") else module.main(argv=argv)
             except SystemExit as e:
                 status = e.code or 0
         out, err = capfd.readouterr()

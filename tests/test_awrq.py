@@ -10,7 +10,8 @@ import torch
 
 import awrq
 import gptq
-from quant import Recipe, fake_quant_act, from_int, rtn
+from quant import fake_quant_act, from_int, rtn
+from recipe import Recipe
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 CASES = json.loads((GOLDEN / "layer.json").read_text()) if GOLDEN.exists() else {"layer": None}

@@ -11,22 +11,23 @@ from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
+import checkpoint
 import pytest
 import reference
 import torch
+from checkpoint import FORMAT, Store, Writer, load, pack, unpack
 from conftest import TINY, WORDS, save_model, tiny_model, token_ids, toy_tokenizer
+from evalutils import perplexity
 from safetensors.torch import load_file
 from test_cli import cli  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import main
 import modelutils
 import quant
-from checkpoint import FORMAT, Store, Writer, load, pack, unpack
-from evalutils import perplexity
 from modelutils import decoder_blocks, load_model, quantize_blocks
-from quant import IntLinear, QuantLinear, Recipe
+from quant import IntLinear, QuantLinear
+from recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import compare_export  # noqa: E402

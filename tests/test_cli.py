@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXT, WORDS, messages, save_model, tiny_model, toy_tokenizer
+from evalutils import SCHEMA
 from safetensors.torch import load_file, save_file
 from test_modelutils import PUBLISHED
 
 import opt
-from evalutils import SCHEMA
 from modelutils import METHODS, PRESETS
 
 SCRIPT = Path(opt.__file__)

@@ -17,6 +17,7 @@ import torch
 
 import datautils
 from datautils import CORPORA, Corpus, Documents, Joined
+from recipe import UsageError
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN_FILE = SHARED / "golden" / "corpora.json"
@@ -314,10 +315,10 @@ def test_another_folder_is_evaluated_on_test_else_on_validation(tmp_path):
 # ---- errors: one line that names the value and the way out ----
 @pytest.mark.parametrize("use", ["calib_splits", "eval_splits"])
 def test_unknown_corpus_lists_the_known(use, data_dir):
-    with fails(ValueError, "'wikitext'", *CORPORA, "none"):
+    with fails(UsageError, "'wikitext'", *CORPORA, "none"):
         run(use, "wikitext")
     for name in ("wikitext", "../" + data_dir.name, f"../{data_dir.name}/c4", f"./{OTHER}", ".", "..", "", str(data_dir / OTHER)):
-        with fails(ValueError, repr(name), *CORPORA, OTHER):
+        with fails(UsageError, repr(name), *CORPORA, OTHER):
             run(use, name, data_dir)
 
 
@@ -335,13 +336,13 @@ def test_missing_files_are_named(use, name, tmp_path, hub):
 
 @pytest.mark.parametrize("name", [name for name in CORPORA if name not in CALIBRATED])
 def test_evaluation_protocols_do_not_calibrate(name, data_dir):
-    with fails(ValueError, name, "evaluation only", *CALIBRATED):
+    with fails(UsageError, name, "evaluation only", *CALIBRATED):
         run("calib_splits", name, data_dir)
 
 
 def test_two_files_of_one_split_are_refused(data_dir):
     (data_dir / "c4" / "train.jsonl").write_text('{"text": "a"}\n')
-    with fails(ValueError, "train.txt", "train.jsonl"):
+    with fails(UsageError, "train.txt", "train.jsonl"):
         run("calib_splits", "c4", data_dir)
 
 
@@ -352,7 +353,7 @@ def test_two_files_of_one_split_are_refused(data_dir):
 def test_a_bad_json_line_is_named(line, reason, tmp_path):
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "train.jsonl").write_text(f'{{"text": "good"}}\n{line}\n{{"text": "good"}}\n')
-    with fails(ValueError, "train.jsonl, line 2", reason):
+    with fails(UsageError, "train.jsonl, line 2", reason):
         run("calib_splits", "c4", tmp_path)
 
 
@@ -372,7 +373,7 @@ def test_a_bad_json_line_is_named(line, reason, tmp_path):
 def test_a_broken_or_empty_file_is_named(name, file, data, reason, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / file).write_bytes(data)
-    with fails(ValueError, tmp_path / name / file, reason):
+    with fails(UsageError, tmp_path / name / file, reason):
         run("calib_splits", name, tmp_path)
 
 
@@ -382,7 +383,7 @@ def test_too_short_a_corpus_says_how_long_it_is(name, tmp_path):
     write_corpus(tmp_path, corpus.folder, lines=["abc\n", "defgh\n"], splits=("train",))
     rows = [corpus.row("abc\n"), corpus.row("defgh\n")]
     longest = max(map(len, map(ids_of, rows))) if isinstance(corpus.cut, Documents) else len(ids_of(corpus.cut.sep.join(rows)))
-    with fails(ValueError, name, f"{longest} tokens", f"seqlen {longest}"):  # exactly seqlen is too short as well
+    with fails(UsageError, name, f"{longest} tokens", f"seqlen {longest}"):  # exactly seqlen is too short as well
         datautils.calibration(name, toy_tokenizer, 1, longest, data_dir=tmp_path)
     ids, _ = datautils.calibration(name, toy_tokenizer, 1, longest - 1, data_dir=tmp_path)  # one more is enough
     assert ids.shape == (1, longest - 1)
@@ -397,7 +398,7 @@ def test_too_few_distinct_windows(name, tmp_path):
     texts = rows if isinstance(corpus.cut, Documents) else [corpus.cut.sep.join(rows)]
     distinct = sum(max(0, len(ids_of(text)) - 8) for text in texts)
     assert len(datautils.calibration(name, toy_tokenizer, distinct, 8, data_dir=tmp_path)[0]) == distinct
-    with fails(ValueError, name, f"{distinct} distinct", f"{distinct + 1} needed"):
+    with fails(UsageError, name, f"{distinct} distinct", f"{distinct + 1} needed"):
         datautils.calibration(name, toy_tokenizer, distinct + 1, 8, data_dir=tmp_path)
 
 
@@ -405,7 +406,7 @@ def test_too_few_distinct_windows(name, tmp_path):
 def test_an_evaluation_needs_one_window(name, tmp_path):
     corpus = CORPORA.get(name, Corpus(name))
     write_corpus(tmp_path, corpus.folder, lines=["abc\n"] * 4)
-    with fails(ValueError, name, "tokens", "seqlen 500"):
+    with fails(UsageError, name, "tokens", "seqlen 500"):
         datautils.eval_tokens(name, toy_tokenizer, 500, tmp_path)
 
 
@@ -423,7 +424,7 @@ def test_text_used_twice_is_an_error(name, tmp_path):
     calib = corpus.folder
     write_corpus(tmp_path, corpus.folder, splits=("validation",))
     if "validation" in corpus.eval_splits:
-        with fails(ValueError, f"calibration on {calib}", f"evaluation on {name}", f"{corpus.folder}/validation"):
+        with fails(UsageError, f"calibration on {calib}", f"evaluation on {name}", f"{corpus.folder}/validation"):
             datautils.check_corpora(calib, [name], tmp_path)
     for split in ("train", "test"):  # the way out
         shutil.copy(tmp_path / corpus.folder / "validation.txt", tmp_path / corpus.folder / f"{split}.txt")
@@ -433,20 +434,20 @@ def test_text_used_twice_is_an_error(name, tmp_path):
 def test_a_linked_folder_is_the_same_text(tmp_path):
     write_corpus(tmp_path, OTHER, splits=("validation",))
     (tmp_path / "alias").symlink_to(tmp_path / OTHER, target_is_directory=True)
-    with fails(ValueError, "alias", OTHER):
+    with fails(UsageError, "alias", OTHER):
         datautils.check_corpora("alias", [OTHER], tmp_path)
 
 
 def test_the_hubs_text_used_twice_is_an_error(monkeypatch):
     monkeypatch.setitem(CORPORA, "c4", replace(CORPORA["c4"], calib_splits=("validation",)))
-    with fails(ValueError, "calibration on c4", "evaluation on c4-new"):
+    with fails(UsageError, "calibration on c4", "evaluation on c4-new"):
         datautils.check_corpora("c4", ["wikitext2", "c4-new"])
 
 
 def test_the_check_fails_as_the_work_would(data_dir):
-    with fails(ValueError, "'wikitext'"):
+    with fails(UsageError, "'wikitext'"):
         datautils.check_corpora(None, ["wikitext2", "wikitext"])
-    with fails(ValueError, "ptb-new", "evaluation only"):
+    with fails(UsageError, "ptb-new", "evaluation only"):
         datautils.check_corpora("ptb-new", ["wikitext2"])
     (data_dir / "ptb" / "test.txt").unlink()
     datautils.check_corpora("ptb", ["ptb"], data_dir)

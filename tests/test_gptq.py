@@ -8,7 +8,8 @@ import reference
 import torch
 
 import gptq
-from quant import Recipe, find_grid, from_int, rtn
+from quant import find_grid, from_int, rtn
+from recipe import Recipe
 
 BLOCKSIZES = [1, 3, 8, -1]  # -1: 2 of 250 columns
 GROUPS = [(-1, 250), (50, 250), (64, 250), (1, 40), (300, 250)]  # groupsize, columns: a row, dividing, ragged, one, too wide

@@ -13,18 +13,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evalutils import perplexity
 from torch import nn
 
-import checkpoint
 import kernels
-from evalutils import perplexity
 from kernels import build, check, cuda, shapes, tune
 from modelutils import load_model, load_tokenizer, quantize_blocks
-from quant import Recipe, fake_quant_act, find_grid, from_int, to_int
+from quant import fake_quant_act, find_grid, from_int, to_int
+from recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 # Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.

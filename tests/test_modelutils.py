@@ -19,6 +19,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from conftest import CONTEXT, TINY, VARIANTS, WORDS, save_model, tiny_model, token_ids
+from evalutils import perplexity
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -27,9 +28,9 @@ import modelutils
 import opt
 import quant
 from datautils import eval_tokens
-from evalutils import perplexity
 from modelutils import FAMILIES, METHODS, Clock, decoder_blocks, make_recipe, quantize, quantize_blocks, record_inputs, run_block
-from quant import QuantLinear, Recipe
+from quant import QuantLinear
+from recipe import Recipe
 
 IDS = token_ids(5, 48)
 GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"

@@ -5,16 +5,17 @@ own setting.  Everything is in one process, on tokens and a model made once; the
 """
 
 import json
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import CPU, recipe_of
 
 import opt
 from datautils import calibration, eval_tokens
-from evalutils import perplexity
-from modelutils import load_model, load_tokenizer, make_recipe, quantize_blocks
+from evaluation.perplexity import perplexity
+from formats.checkpoint import Store
+from modelutils import load_tokenizer, open_decoder
+from run.quantize import quantize_blocks
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODEL, GOLDEN_FILE = SHARED / "data" / "models" / "opt-outlier", SHARED / "golden" / "opt-outlier.json"
@@ -41,14 +42,14 @@ def ids(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load_model(MODEL, "float32", torch.device("cpu"))
+def full():
+    return open_decoder(MODEL)
 
 
-def recipe_of(settings):
+def asked_for(settings):
     """By way of the command line, as the golden values were made."""
     flags = [text for flag, value in settings.items() for text in ([f"--{flag}"] if value is True else [f"--{flag}", str(value)])]
-    return make_recipe(opt.parser().parse_args([str(MODEL), *flags]), SEQLEN)
+    return recipe_of(opt, " ".join(flags), SEQLEN)
 
 
 def tolerance(recipe):
@@ -61,13 +62,15 @@ def tolerance(recipe):
 @pytest.mark.parametrize(
     "case", GOLDEN, ids=lambda case: "-".join(f"{value}" if key == "method" else f"{key}{value}" for key, value in case["args"].items())
 )
-def test_perplexity_is_the_published_codes(case, loaded, ids, texts):
-    model, recipe = deepcopy(loaded), recipe_of(case["args"])
+def test_perplexity_is_the_published_codes(case, full, ids, texts):
+    decoder, recipe = full, asked_for(case["args"])
     if recipe.method != "full":
-        for _ in quantize_blocks(model, ids, recipe, "cpu", WALK_BATCH):
+        store = Store(full, recipe)
+        for _ in quantize_blocks(full, ids, recipe, store, CPU, WALK_BATCH):
             pass
+        decoder = store.decoder()
     for corpus in ("c4", "wikitext2") if case["args"] in ON_WIKITEXT2 else ("c4",):
-        ppl = perplexity(model, texts[corpus], SEQLEN, "cpu", WALK_BATCH, corpus)["ppl"]
+        ppl = perplexity(decoder, texts[corpus], SEQLEN, CPU, WALK_BATCH, corpus)["ppl"]
         assert ppl == pytest.approx(case["ppl"][corpus], rel=tolerance(recipe)), corpus
 
 

@@ -6,24 +6,28 @@ from copy import deepcopy
 import pytest
 import reference
 import torch
-from conftest import tiny_model, token_ids
+from conftest import CPU, FinishedBlocks, decoder_blocks, recipe_of, tiny_model, token_ids
+from conftest import quantize as quantize_model
 from test_awrq import quantize
 
-import modelutils
 import opt
-from checkpoint import Store
-from evalutils import recipe_name
-from modelutils import METHODS, PRESETS, decoder_blocks, make_recipe, quantize_blocks
-from quant import Means, QuantLinear, Recipe, fake_quant_act, find_grid, from_int, rtn
+import run.quantize
+from formats.resume import ResumableStore, run_identity
+from modelutils import decoder_of
+from quant import Means, QuantLinear, fake_quant_act, find_grid, from_int, rtn
+from recipe import METHODS, PRESETS, Recipe
+from run.calibrate import Stream
+from run.quantize import BlockQuantizer, quantize_blocks
+from run.report import recipe_name
 from smoothquant import STEPS, WORTH, search_scale, smooth_scale
 
 IDS = token_ids(4, 32)
 PLUS = PRESETS["plus"]
 
 
-def run(model, recipe, ids=IDS, **options):
+def codes_of(store):
     """{(block, name): codes}"""
-    return {(i, n): q for i, (_, codes) in enumerate(quantize_blocks(model, ids, recipe, **options)) for n, (q, _) in codes.items()}
+    return {(i, name): q for i in range(store.finished) for name, (q, _) in store.codes(i).items()}
 
 
 def logits(model, ids=IDS):
@@ -135,9 +139,8 @@ def test_nothing_of_the_stream_is_the_layers_own_target(method, true_sequential)
     settings = {"method": method, "wbits": 4, "act_bits": 8, "smooth": True, "true_sequential": true_sequential}
     if method == "gptq":
         settings["act_bits"] = 16
-    codes = [
-        run(tiny_model(), Recipe(**settings, **target)) for target in ({}, {"target": "stream", "target_mix": 0}, {"target": "stream"})
-    ]
+    targets = ({}, {"target": "stream", "target_mix": 0}, {"target": "stream"})
+    codes = [codes_of(quantize_model(tiny_model(), IDS, Recipe(**settings, **target))[1]) for target in targets]
     assert all(torch.equal(q, codes[1][key]) for key, q in codes[0].items())
     assert any(not torch.equal(q, codes[2][key]) for key, q in codes[0].items())
 
@@ -146,46 +149,51 @@ def test_the_stream_pays():
     """What the model computes on its calibration text is closer to the unquantized model's."""
     full, lost = logits(tiny_model(), ids := token_ids(32, 48)), []
     for target in ("layer", "stream"):
-        model = tiny_model()
-        run(model, Recipe(method="awrq", wbits=4, act_bits=8, true_sequential=True, target=target), ids, walk_batch=4)
+        recipe = Recipe(method="awrq", wbits=4, act_bits=8, true_sequential=True, target=target)
+        model, *_ = quantize_model(tiny_model(), ids, recipe, walk_batch=4)
         lost.append((logits(model, ids) - full).norm().item())
     assert lost[1] < 0.95 * lost[0]
 
 
 @pytest.mark.parametrize("walk_batch", [1, 3])
 def test_the_stream_is_the_unquantized_model(monkeypatch, model, walk_batch):
-    """Beside smoothed, partly quantized blocks it goes on with what the original computes, and is kept in host memory."""
-    streams, Stream = [], modelutils.Stream
-    monkeypatch.setattr(modelutils, "Stream", lambda *args: streams.append(Stream(*args)) or streams[0])
+    """Beside smoothed, partly quantized blocks it goes on with what the original computes."""
+    streams = []
+    monkeypatch.setattr(run.quantize, "Stream", lambda *args: streams.append(Stream(*args)) or streams[0])
     expected = []
     for block in decoder_blocks(original := deepcopy(model)):
         block.register_forward_hook(lambda block, args, out: expected.append(out if torch.is_tensor(out) else out[0]))
     logits(original)
     recipe = Recipe(method="awrq", wbits=3, act_bits=8, smooth=True, true_sequential=True, target="stream")
-    for i, _ in enumerate(quantize_blocks(model, IDS, recipe, walk_batch=walk_batch)):
-        torch.testing.assert_close(torch.cat(streams[0].x), expected[i], rtol=1e-3, atol=1e-3)
-        assert all(h.device.type == "cpu" for h in streams[0].x) and not hasattr(streams[0], "block")
+    store = FinishedBlocks(decoder_of(model), recipe)
+    for i, _ in enumerate(quantize_blocks(store.original, IDS, recipe, store, walk_batch=walk_batch)):
+        torch.testing.assert_close(torch.cat(list(streams[0])), expected[i], rtol=1e-3, atol=1e-3)
+        assert not hasattr(streams[0], "block")
 
 
 def test_true_sequence_and_smoothing_change_no_function_before_rounding(monkeypatch, model):
     before = logits(model)
-    monkeypatch.setattr(modelutils, "round_group", lambda linears, *_: [(linear.weight.data, None) for linear in linears])
-    monkeypatch.setattr(modelutils, "from_int", lambda W, _: W)
+    monkeypatch.setattr(BlockQuantizer, "round_group", lambda self, g, _: {n: (self.linears[n].weight.data, None) for n in g.linears})
+    monkeypatch.setattr(run.quantize, "from_int", lambda W, _: W)
     recipe = Recipe(method="awrq", wbits=4, act_bits=16, smooth=True, true_sequential=True, target="stream", bias_correction=True)
-    errors = [layer.error for layers, _ in quantize_blocks(model, IDS, recipe) for layer in layers]
+    store = FinishedBlocks(decoder_of(model), recipe)
+    errors = [layer.error for layers in quantize_blocks(store.original, IDS, recipe, store) for layer in layers]
     assert max(errors) < 1e-6
-    assert (logits(model) - before).norm() < 1e-4 * before.norm()
+    assert (logits(store.model(model)) - before).norm() < 1e-4 * before.norm()
 
 
 def test_a_run_with_a_stream_goes_on_where_it_was_killed(tmp_path):
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, target="stream")
-    whole = run(tiny_model(), recipe)
-    model = tiny_model()
-    killed = quantize_blocks(model, IDS, recipe, store=Store(tmp_path, model, IDS, recipe))
+    whole, decoder = codes_of(quantize_model(tiny_model(), IDS, recipe)[1]), decoder_of(tiny_model())
+
+    def store():
+        return ResumableStore(decoder, recipe, tmp_path, run_identity(decoder, IDS, recipe, CPU, 1))
+
+    killed = quantize_blocks(decoder, IDS, recipe, store())
     next(killed)
     killed.close()
-    model = tiny_model()
-    again = run(model, recipe, store=Store(tmp_path, model, IDS, recipe))
+    del killed
+    again = codes_of(quantize_model(None, IDS, recipe, store=store())[1])
     assert whole.keys() == again.keys() and all(torch.equal(q, again[key]) for key, q in whole.items())
 
 
@@ -212,16 +220,14 @@ def test_a_corrected_model_is_right_on_average(method):
     """The first linears of the first block, whose inputs no rounding has changed; a model without biases is left as it is."""
     recipe = Recipe(method=method, wbits=3, act_bits=8, smooth=METHODS[method].smooth[0], bias_correction=True)
     model, read = tiny_model(), []
-    original = deepcopy(model)
-    run(model, recipe)
-    for m in (original, model):
+    quantized, *_ = quantize_model(model, IDS, recipe)
+    for m in (model, quantized):
         attention = decoder_blocks(m)[0].self_attn
         for linear in (attention.q_proj, attention.k_proj):
             linear.register_forward_hook(lambda linear, args, out: read.append(out.flatten(0, -2).mean(0)))
         logits(m)
     torch.testing.assert_close(read[:2], read[2:], rtol=1e-3, atol=1e-4)
-    bare = tiny_model("llama", "plain")
-    run(bare, recipe)
+    bare, *_ = quantize_model(tiny_model("llama", "plain"), IDS, recipe)
     assert all(linear.bias is None for linear in bare.modules() if hasattr(linear, "in_scale"))
 
 
@@ -261,15 +267,11 @@ def test_the_search_finds_the_least_output_error(outliers, alpha, wbits, act_bit
 
 @pytest.mark.parametrize("walk_batch", [1, 3])
 def test_a_search_looks_at_the_first_sequences(monkeypatch, walk_batch):
-    monkeypatch.setattr(modelutils, "SEARCHED", 4)
+    monkeypatch.setattr(run.quantize, "SEARCHED", 4)
     seen = []
-    monkeypatch.setattr(modelutils, "search_scale", lambda x, weights, *_: seen.append(x) or torch.ones(x.shape[-1]))
-    run(
-        tiny_model(),
-        Recipe(method="smoothquant", wbits=4, act_bits=8, smooth=True, smooth_search=True),
-        token_ids(7, 16),
-        walk_batch=walk_batch,
-    )
+    monkeypatch.setattr(run.quantize, "search_scale", lambda x, weights, *_: seen.append(x) or torch.ones(x.shape[-1]))
+    recipe = Recipe(method="smoothquant", wbits=4, act_bits=8, smooth=True, smooth_search=True)
+    quantize_model(tiny_model(), token_ids(7, 16), recipe, walk_batch)
     assert [x.shape for x in seen] == [(4, 16, 32), (4, 16, 32), (4, 16, 32), (4, 16, 64)] * 2
     expected = []
     model = tiny_model()
@@ -280,18 +282,16 @@ def test_a_search_looks_at_the_first_sequences(monkeypatch, walk_batch):
 
 def test_a_searched_model_is_the_same_function(model):
     before = logits(model)
-    layers = [
-        layer for done, _ in quantize_blocks(model, IDS, Recipe(method="act_only", smooth=True, smooth_search=True)) for layer in done
-    ]
+    smoothed, _, layers = quantize_model(model, IDS, Recipe(method="act_only", smooth=True, smooth_search=True))
     assert all(layer.error < 1e-9 for layer in layers)
-    assert (logits(model) - before).norm() < 1e-4 * before.norm()
+    assert (logits(smoothed) - before).norm() < 1e-4 * before.norm()
 
 
 def test_a_search_that_finds_nothing_worth_it_leaves_nothing_to_divide_by(monkeypatch):
     """Where no norm could take the scale, as in a post-norm OPT, a linear would else divide by 1 for ever."""
-    monkeypatch.setattr(modelutils, "search_scale", lambda x, weights, *_: torch.ones(x.shape[-1]))
-    model = tiny_model("opt", "post-norm")
-    run(model, Recipe(method="smoothquant", wbits=4, act_bits=8, smooth=True, smooth_search=True))
+    monkeypatch.setattr(run.quantize, "search_scale", lambda x, weights, *_: torch.ones(x.shape[-1]))
+    recipe = Recipe(method="smoothquant", wbits=4, act_bits=8, smooth=True, smooth_search=True)
+    model, *_ = quantize_model(tiny_model("opt", "post-norm"), IDS, recipe)
     assert all(module.in_scale is None for module in model.modules() if isinstance(module, QuantLinear))
 
 
@@ -299,32 +299,28 @@ def test_a_search_that_finds_nothing_worth_it_leaves_nothing_to_divide_by(monkey
 # Presets
 
 
-def recipe_of(line):
-    return make_recipe(opt.parser().parse_args(["MODEL", *line.split()]), 2048)
-
-
 def test_paper_is_the_default():
     for line in ("--method awrq --wbits 4", "--method smoothquant --wbits 4", "--method act_only"):
-        assert recipe_of(f"{line} --preset paper") == recipe_of(line)
+        assert recipe_of(opt, f"{line} --preset paper") == recipe_of(opt, line)
     assert PRESETS["paper"] == {}
 
 
 def test_a_preset_sets_what_a_single_option_overrides():
-    recipe = recipe_of("--method awrq --wbits 4 --preset plus")
+    recipe = recipe_of(opt, "--method awrq --wbits 4 --preset plus")
     assert {key: getattr(recipe, key) for key in PLUS} == PLUS
     assert recipe_name(vars(recipe)) == "awrq W4A8, plus"
-    changed = recipe_of("--method awrq --wbits 4 --preset plus --clip none --no-actorder")
+    changed = recipe_of(opt, "--method awrq --wbits 4 --preset plus --clip none --no-actorder")
     assert (changed.clip, changed.actorder) == ("none", False)
     assert {key: getattr(changed, key) for key in PLUS.keys() - {"clip", "actorder"}} == {
         key: PLUS[key] for key in PLUS.keys() - {"clip", "actorder"}
     }
-    assert recipe_of("--method awrq --wbits 4") == Recipe(method="awrq", wbits=4, act_bits=8), "a preset of one run is no other's"
+    assert recipe_of(opt, "--method awrq --wbits 4") == Recipe(method="awrq", wbits=4, act_bits=8), "a preset of one run is no other's"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
     bits = " --wbits 3" if METHODS[method].weights else ""
-    plain, recipe = recipe_of(f"--method {method}{bits}"), recipe_of(f"--method {method}{bits} --preset plus")
+    plain, recipe = recipe_of(opt, f"--method {method}{bits}"), recipe_of(opt, f"--method {method}{bits} --preset plus")
     assert (recipe != plain) == (method != "full")
     if not METHODS[method].stats:
         assert not recipe.actorder and recipe.grid == "weight" and recipe.target == "layer" and recipe.clip != "hessian"
@@ -333,5 +329,5 @@ def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
 def test_plus_runs_on_every_model(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        codes = run(model, Recipe(method="awrq", wbits=4, act_bits=8, **PLUS), walk_batch=2)
-    assert len(codes) == sum(map(len, model.groups)) * 2 and logits(model).isfinite().all()
+        quantized, _, layers = quantize_model(model, IDS, Recipe(method="awrq", wbits=4, act_bits=8, **PLUS), walk_batch=2)
+    assert len(layers) == sum(map(len, model.groups)) * 2 and logits(quantized).isfinite().all()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelutils import Group, replace_linears
-from quant import Batch, QuantLinear, Recipe, fake_quant_act, find_grid, from_int, rtn, to_int
+from quant import Batch, QuantLinear, fake_quant_act, find_grid, from_int, replace_linears, rtn, to_int
+from recipe import Recipe
 
 SHAPES = [(-1, 24), (8, 24), (7, 24), (1, 5), (24, 24), (64, 24)]  # groupsize, columns: whole rows, dividing, ragged, single, one, too wide
 
@@ -31,7 +31,7 @@ def quant_linear(linear, batch_size, act_bits=8, per_token=False):
     batch = Batch()
     batch.size = batch_size
     layer = QuantLinear(linear, batch)
-    layer.settle(act_bits, per_token)
+    layer.freeze(act_bits, per_token)
     return layer
 
 
@@ -192,7 +192,7 @@ def test_a_settled_quant_linear_by_hand(bias, in_scale, per_token, flat):
 def test_settling_gives_back_the_type_of_the_model():
     layer = QuantLinear(nn.Linear(8, 4).half(), Batch())
     assert layer.weight.dtype == layer.bias.dtype == torch.float32
-    layer.settle(8, False)
+    layer.freeze(8, False)
     assert layer.weight.dtype == layer.bias.dtype == torch.float16
 
 
@@ -212,8 +212,8 @@ class Flattening(nn.Module):
 def test_a_copied_block_keeps_its_own_batch(by_keyword):
     original, x = Flattening(), activations(4, 6, 16)
     batch = Batch()
-    for layer in replace_linears(original, (Group("", ("fc1", "fc2")),), batch).values():
-        layer.settle(4, False)
+    for layer in replace_linears(original, ("fc1", "fc2"), batch).values():
+        layer.freeze(4, False)
 
     def run(block, x):
         return block(hidden_states=x) if by_keyword else block(x)

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from evalutils import SCHEMA, report
 
 import main
 import opt
-from evalutils import SCHEMA, report
 from modelutils import METHODS, PRESETS, Clock, Layer, make_recipe
-from quant import Recipe
+from recipe import Recipe
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

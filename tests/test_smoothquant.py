@@ -7,7 +7,8 @@ import reference
 import torch
 from torch import nn
 
-from quant import Batch, QuantLinear, Recipe, rtn
+from quant import Batch, QuantLinear, rtn
+from recipe import Recipe
 from smoothquant import AbsMax, fold, smooth_scale
 
 

@@ -15,7 +15,7 @@ import reference
 import torch
 
 import awrq
-from quant import Recipe
+from recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton, which PyTorch for NVIDIA GPUs brings along")
@@ -25,7 +25,8 @@ import json
 import awrq, gptq, reference
 import torch
 from kernels.span import round_span
-from quant import Recipe, find_grid
+from quant import find_grid
+from recipe import Recipe
 
 results = []
 for R, C, bits, groups, published in ((40, 24, 4, False, False), (33, 17, 3, True, True), (1, 2, 2, False, True)):

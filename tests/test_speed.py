@@ -1,4 +1,4 @@
-"""Decoding and reading prompts: the logits are those of model(ids), whatever cache and way; kernels.timing on a CPU."""
+"""Decoding and reading prompts: the logits are those of model(ids), whatever cache and way; bench.timing on a CPU."""
 
 import gc
 import weakref
@@ -6,14 +6,20 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import tiny_model, token_ids
+from conftest import CPU, token_ids
+from conftest import tiny_model as unplaced
 
-import speed
-from kernels import timing
-from speed import decode, prefill
+import runtime
+from bench import timing
+from evaluation import speed
+from evaluation.speed import decode, prefill
+from modelutils import decoder_of
 
 TEXT = token_ids(1, 12)[0]
-CPU = torch.device("cpu")
+
+
+def tiny_model(*kind):
+    return decoder_of(unplaced(*kind)).materialize(CPU)
 
 
 def logits_of(model, ids):
@@ -39,7 +45,7 @@ def test_decode(kind):
 def test_a_step_captured_is_the_step(kind, monkeypatch):
     """A stand-in for the graph, which runs the call before, as capturing does: what that left in cache and position must be gone."""
     model = tiny_model(*kind)
-    device = type("GPU", (), {"type": "cuda", "__eq__": lambda self, other: True, "__hash__": None})()  # where all parameters seem to be
+    device = type("GPU", (), {"type": "cuda"})()
 
     def captured(call, on):
         call()
@@ -49,7 +55,7 @@ def test_a_step_captured_is_the_step(kind, monkeypatch):
     monkeypatch.setattr(speed, "captured", captured)
     monkeypatch.setattr(speed.torch, "zeros", lambda *size, dtype, device, zeros=torch.zeros: zeros(*size, dtype=dtype))
     monkeypatch.setattr(speed.torch, "arange", lambda n, device, arange=torch.arange: arange(n))
-    step, how = speed.decoder(model, len(TEXT), device)
+    step, how = speed.decoding_step(model, len(TEXT), device)
     assert how.startswith("a CUDA graph")
     with torch.no_grad():
         logits = torch.cat([step(token).clone() for token in TEXT], 1)[0]
@@ -77,7 +83,7 @@ def test_prefill():
 
 
 # ---------------------------------------------------------------------------
-# kernels.timing
+# Timing
 
 
 def test_times_are_per_call():
@@ -112,7 +118,7 @@ def test_a_graph_keeps_alive_what_it_reads(monkeypatch):
         calls.append(memory.sum())
         return calls[-1]
 
-    replay = timing.captured(call, CPU)
+    replay = runtime.captured(call, CPU)
     del memory, call
     gc.collect()
     assert len(calls) == 3 and replay() is calls[2] and replay() is calls[2] and Stand.replays == 2 and seen() is not None

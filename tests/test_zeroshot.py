@@ -13,17 +13,18 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
-from conftest import TINY, WORDS, tiny_model, token_ids, toy_tokenizer
+from conftest import CPU, TINY, WORDS, quantize, tiny_model, token_ids, toy_tokenizer
 from lm_eval.models.huggingface import HFLM
 
-import modelutils
 import quant
-import zeroshot
-from evalutils import accuracies, average, task_table, zero_shot
+from evaluation import zeroshot
+from evaluation.zeroshot import QuantizedLM, check_fewshot, leaves, load_tasks, task_protocol, zero_shot
+from formats.checkpoint import Store
 from gptq import one_thread
-from modelutils import FAMILIES, decoder_blocks, load_model, load_tokenizer, padded, placed, quantize_blocks
-from quant import QuantLinear, Recipe
-from zeroshot import QuantizedLM, check_fewshot, leaves, load_tasks, task_protocol
+from modelutils import FAMILIES, decoder_of, load_tokenizer, open_decoder
+from quant import Batch
+from recipe import Recipe
+from run.report import accuracies, average, task_table
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 STORIES = SHARED / "data/models/stories260k"
@@ -34,10 +35,11 @@ AWRQ = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True)
 
 
 def quantized(family="llama", variant="grouped", recipe=AWRQ):
-    model = tiny_model(family, variant)
-    for _ in quantize_blocks(model, token_ids(4, 32), recipe):
-        pass
-    return model
+    return quantize(tiny_model(family, variant), token_ids(4, 32), recipe)[0]
+
+
+def unquantized(family="llama", variant="plain"):
+    return decoder_of(tiny_model(family, variant)).materialize(CPU)
 
 
 def requests(seed=0):
@@ -57,9 +59,7 @@ def announced(monkeypatch):
     seen, call = [], HFLM._model_call
 
     def watch(self, inps, **kwargs):
-        real = {module.batch.real for module in self.model.modules() if isinstance(module, QuantLinear)}
-        assert len(real) == 1
-        seen.append((inps, real.pop()))
+        seen.append((inps, self.model.batch.real))
         return call(self, inps, **kwargs)
 
     monkeypatch.setattr(HFLM, "_model_call", watch)
@@ -94,8 +94,7 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch, family, variant):
     alone = scores(1)
     for batch_size in (3, 8, "auto"):
         torch.testing.assert_close(scores(batch_size), alone, rtol=0, atol=1e-3)
-    monkeypatch.setattr(modelutils, "padded", None)
-    monkeypatch.setattr(zeroshot, "padded", contextmanager(lambda model, real: (yield)))
+    monkeypatch.setattr(Batch, "padded", contextmanager(lambda self, real: (yield)))
     assert (scores(8) - alone).abs().max() > 1e-2, "the test would not see padding in the ranges"
 
 
@@ -127,7 +126,7 @@ def test_a_row_has_the_grid_that_it_has_alone(monkeypatch, per_token):
     monkeypatch.setattr(quant, "fake_quant_act", watch)
     lengths = torch.tensor([24, 3, 17])
     ids = token_ids(3, 24)
-    with torch.no_grad(), padded(model, torch.arange(24) < lengths[:, None]):
+    with torch.no_grad(), model.batch.padded(torch.arange(24) < lengths[:, None]):
         model(ids)
     assert len(seen) == 14
     for x, out in seen:
@@ -145,9 +144,13 @@ def test_a_row_has_the_grid_that_it_has_alone(monkeypatch, per_token):
 
 def test_a_mask_of_another_shape_is_refused():
     model = quantized()
-    with pytest.raises(AssertionError, match="5.* tokens announced"), torch.no_grad(), padded(model, torch.arange(5) < torch.tensor([[3]])):
+    with (
+        pytest.raises(AssertionError, match="5.* tokens announced"),
+        torch.no_grad(),
+        model.batch.padded(torch.arange(5) < torch.tensor([[3]])),
+    ):
         model(token_ids(1, 7))
-    assert {module.batch.real for module in model.modules() if isinstance(module, QuantLinear)} == {None}
+    assert model.batch.real is None
 
 
 @pytest.mark.parametrize(("family", "variant"), [("llama", "grouped"), ("opt", "pre-norm")], ids="-".join)
@@ -162,8 +165,8 @@ def test_generated_text_does_not_depend_on_the_batch(monkeypatch, family, varian
 
     alone = texts(1)
     assert texts(4) == alone and len(set(alone)) > 1
-    seen = []
-    monkeypatch.setattr(zeroshot, "padded", lambda model, real: seen.append(real) or padded(model, real))
+    seen, padded = [], Batch.padded
+    monkeypatch.setattr(Batch, "padded", lambda self, real: seen.append(real) or padded(self, real))
     texts(4)
     assert [real.sum(1).tolist() for real in seen] == [sorted((len(prompt.split()) for prompt in prompts), reverse=True)]
 
@@ -176,7 +179,7 @@ def test_a_token_that_the_model_does_not_know():
 
 def test_an_answer_longer_than_the_context_is_scored_piece_by_piece():
     """lm-eval stops there.  Answers that fit are as they were, also in the same batch."""
-    model, n, words = tiny_model("llama", "plain"), 64, token_ids(1, 200)[0].tolist()
+    model, n, words = unquantized(), 64, token_ids(1, 200)[0].tolist()
     long, short = (None, words[:5], words[5:160]), (None, words[5:9], words[9:20])
     lm = QuantizedLM(model, toy_tokenizer(), batch_size=3)
     with pytest.warns(UserWarning, match="^1 of 2 prompts with an answer are longer than .* 64 tokens"):
@@ -194,7 +197,7 @@ def test_an_answer_longer_than_the_context_is_scored_piece_by_piece():
 
 
 def test_a_long_prompt_loses_its_start_and_that_is_said(recwarn):
-    model, words = tiny_model("llama", "plain"), token_ids(1, 90)[0].tolist()
+    model, words = unquantized(), token_ids(1, 90)[0].tolist()
     lm = QuantizedLM(model, toy_tokenizer())
     ((cut, _),) = lm._loglikelihood_tokens([(None, words[:80], words[80:])], disable_tqdm=True)
     assert "1 of 1 prompts with an answer are longer" in str(recwarn.pop(UserWarning).message)
@@ -211,43 +214,34 @@ def test_an_answer_without_tokens():
 # Where the model is
 
 
+@pytest.mark.parametrize("recipe", [AWRQ, Recipe(method="act_only", act_bits=6, smooth=True), None], ids=["codes", "scales", "full"])
 @pytest.mark.parametrize("blocks_that_fit", [0, 1, 2, 4])
-def test_blocks_that_do_not_fit_pass_over_the_device(monkeypatch, blocks_that_fit):
+def test_blocks_that_do_not_fit_are_made_when_they_run(monkeypatch, blocks_that_fit, recipe):
+    """What is kept of them is what is stored, packed, and they compute the same again and again."""
     monkeypatch.setitem(TINY["llama"]["settings"], "num_hidden_layers", 4)
-    model = quantized()
-    ids, before = token_ids(2, 16), {name: p.clone() for name, p in model.state_dict().items()}
+    decoder = decoder_of(tiny_model("llama", "grouped"))
+    if recipe:
+        decoder = quantize(tiny_model("llama", "grouped"), token_ids(4, 32), recipe)[1].decoder()
+    ids, whole = token_ids(2, 16), decoder.materialize(CPU)
+    size, others = (sum(t.nbytes for t in module.parameters()) for module in (whole.model.layers[0], whole))
+    memory = others - 4 * size + size * (blocks_that_fit + 1.5) if blocks_that_fit < 4 else math.inf
+    model = decoder.materialize(CPU, memory)
+    assert model.visiting == 4 - blocks_that_fit == sum(not list(block.parameters()) for block in model.model.layers)
     with torch.no_grad():
-        expected = model(ids).logits
-        size = modelutils._bytes(decoder_blocks(model)[0])
-        with modelutils.shortened(model, 0):
-            others = modelutils._bytes(model)
-        memory = others + size * (blocks_that_fit + 1) if blocks_that_fit < 4 else math.inf
-        with placed(model, "cpu", memory):
-            n_streamed = sum(bool(block._forward_hooks) for block in decoder_blocks(model))
-            assert n_streamed == 4 - blocks_that_fit
-            assert torch.equal(model(ids).logits, expected)
-    assert not any(block._forward_hooks for block in decoder_blocks(model))
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        for _ in range(2):
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+        with (
+            model.batch.padded(torch.arange(16) < torch.tensor([[3], [16]])),
+            whole.batch.padded(torch.arange(16) < torch.tensor([[3], [16]])),
+        ):
+            assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
-def test_a_visit_brings_all_tensors_and_puts_back_the_same():
-    """A type plays the device: `to` takes both."""
-    block = decoder_blocks(quantized("opt", "post-norm"))[0]
-    assert any("in_scale" in name for name, _ in block.named_buffers())
-    home = [tensor.data_ptr() for tensor in modelutils._tensors(block)]
-    fetch, drop = modelutils._visits(block, torch.float64)
-    fetch()
-    assert {tensor.dtype for tensor in modelutils._tensors(block)} == {torch.float64}
-    drop()
-    assert [tensor.data_ptr() for tensor in modelutils._tensors(block)] == home
-
-
-def test_the_model_is_back_after_an_error():
-    model = quantized()
-    with pytest.raises(RuntimeError), placed(model, "cpu", 0):
-        raise RuntimeError
-    assert not any(module._forward_pre_hooks for block in decoder_blocks(model) for module in block.modules() if module is not block)
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
+def test_a_materialized_model_generates_with_a_visiting_block():
+    decoder = quantize(tiny_model("opt", "pre-norm"), token_ids(4, 32), AWRQ)[1].decoder()
+    length = {"max_new_tokens": 8, "do_sample": False}
+    made = [decoder.materialize(CPU, memory).generate(token_ids(2, 5), **length) for memory in (0, math.inf)]
+    assert torch.equal(*made)
 
 
 # ---------------------------------------------------------------------------
@@ -317,7 +311,7 @@ def test_storycloze_is_that_of_2018(data):
 
 
 def test_storycloze_is_converted_as_the_readme_says(tmp_path, monkeypatch):
-    readme = (Path(zeroshot.__file__).parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "storycloze" in block)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "DIR/storycloze_2018").mkdir(parents=True)
@@ -397,7 +391,7 @@ def test_more_examples_than_there_are(data):
 
 def test_results_are_those_of_the_harness(data):
     """The same model, unquantized: ours against lm-eval's own adapter.  What we return goes through JSON."""
-    model, tokenizer, tasks = tiny_model("llama", "grouped"), toy_tokenizer(), load_tasks(["copa", "piqa", "arc_easy"], data)
+    model, tokenizer, tasks = unquantized("llama", "grouped"), toy_tokenizer(), load_tasks(["copa", "piqa", "arc_easy"], data)
     ours = zero_shot(model, tokenizer, tasks, batch_size=3)
     theirs = lm_eval.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), tasks=tasks, log_samples=False, task_manager=FILES
@@ -459,7 +453,7 @@ def item_scores(model, tokenizer, tasks, batch_size, limit=None):
 def test_accuracies_of_a_real_model_equal_the_lm_eval_commands(tmp_path):
     """What `lm_eval --model hf --model_args pretrained=...,dtype=float32` does, on task files of its own that read the same rows."""
     names = ["copa", "piqa", "arc_easy"]
-    tasks, model = load_tasks(names, SHARED / "data"), load_model(STORIES)
+    tasks, model = load_tasks(names, SHARED / "data"), open_decoder(STORIES).materialize(CPU)
     ours = zero_shot(model, load_tokenizer(STORIES), tasks, batch_size=8, limit=100)
     index, files = zeroshot.task_manager(True).task_index, []
     for name in names:
@@ -487,11 +481,11 @@ def test_accuracies_of_a_real_model_equal_the_lm_eval_commands(tmp_path):
 
 @needs_shared
 def test_accuracies_of_a_real_quantized_model_do_not_depend_on_the_batch(capsys):
-    model, tokenizer, tasks = load_model(STORIES), load_tokenizer(STORIES), load_tasks(["copa"], SHARED / "data")
+    decoder, tokenizer, tasks = open_decoder(STORIES), load_tokenizer(STORIES), load_tasks(["copa"], SHARED / "data")
     text = (SHARED / "data/tinystories/train.txt").read_text()[:100_000]
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 8 * 256]).view(8, 256)
-    for _ in quantize_blocks(model, ids, AWRQ):
-        pass
+    store = Store(decoder, AWRQ)
+    model, *_ = quantize(None, ids, AWRQ, store=store)
     (alone, accuracy), *others = (item_scores(model, tokenizer, tasks, batch_size) for batch_size in (1, 8, "auto"))
     close = [k for k, scores in enumerate(alone) if (top := sorted(scores))[-1] - top[-2] < 1e-4]
     with capsys.disabled():

@@ -1,0 +1,75 @@
+"""A report is whole, says where it is from, and has no NaN; its tables are Markdown."""
+
+import json
+
+from conftest import recipe_of, tiny_model
+
+import opt
+from modelutils import decoder_of
+from recipe import Recipe
+from run.quantize import Layer
+from run.report import SCHEMA, describe, table
+from run.report import report as make_report
+from runtime import Clock
+
+KEYS = {
+    "schema",
+    "model",
+    "model_type",
+    "recipe",
+    "protocol",
+    "results",
+    "full",
+    "layers",
+    "seconds",
+    "peak_bytes",
+    "versions",
+    "commit",
+    "hardware",
+}
+
+
+def run_report(line="--method awrq --wbits 4 --smooth"):
+    clock = Clock("cpu")
+    with clock("evaluation"):
+        pass
+    recipe = recipe_of(opt, line, 64)
+    calibration = {"nsamples": 3, "seqlen": 64, "corpus": "c4", "split": "train", "seed": 0, "source": "there", "rule": "random"}
+    protocol = {"calibration": calibration if recipe.method != "full" else None, "evaluation": {"ptb": {}}}
+    results = {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}, "tasks": {}}
+    found = {"model": "a/model", "protocol": protocol, "walk_batch": 1, "results": results, "full": None}
+    found["layers"] = [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)]
+    return make_report(recipe, decoder_of(tiny_model()), found, clock), recipe
+
+
+def test_a_report_has_everything_and_goes_through_json():
+    run, recipe = run_report()
+    assert set(run) == KEYS
+    assert json.loads(json.dumps(run, allow_nan=False)) == run
+    assert run["schema"] == SCHEMA and run["model"] == "a/model" and run["model_type"] == "opt"
+    assert Recipe(**run["recipe"]) == recipe
+    assert run["protocol"]["dtype"] == "float32" and {"calibration", "evaluation", "walk_batch"} < set(run["protocol"])
+    assert run["results"] == {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}, "tasks": {}}
+    assert run["layers"] == [{"block": 0, "name": "fc1", "error": 0.25}, {"block": 1, "name": "fc2", "error": 0.5}]
+    assert set(run["seconds"]) == {"evaluation"}
+    assert set(run["peak_bytes"]) == {"host", "device"} and 2**24 < run["peak_bytes"]["host"] < 2**44
+    assert run["peak_bytes"]["device"] is None
+    assert run["hardware"]["device"] == "cpu" and run["hardware"]["gpu"] is None and run["hardware"]["threads"] > 0
+
+
+def test_what_is_printed_under_the_table():
+    run, _ = run_report()
+    text = describe(run)
+    for part in ("a/model: awrq, W4A8, group -1, float32", "smooth", "3 x 64 tokens of c4 train, seed 0", "evaluation 0.0", "host"):
+        assert part in text, text
+    assert "calibrated" not in describe(run_report("--method full")[0])
+
+
+def test_table():
+    assert table(("corpus", "perplexity"), [("wikitext2", 5.5), ("c4", "10.25")]).split("\n") == [
+        "| corpus    | perplexity |",
+        "|-----------|-----------:|",
+        "| wikitext2 |        5.5 |",
+        "| c4        |      10.25 |",
+    ]
+    assert table(("a", "b"), []).split("\n") == ["| a | b |", "|---|--:|"]
