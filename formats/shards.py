@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import weakref
 import zipfile
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def _pickled(path):
 
 def _unpickle(path, mmap):
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):  # what torch warns of, it then refuses
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError) as e:
         # whatever the bytes of a file that is none make of torch's reader
         raise UsageError(

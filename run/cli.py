@@ -360,7 +360,7 @@ def make_recipe(values, typed):
         (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken")),
     ):
         for flag in flags if not usable else ():
-            if flag in typed and (flag, typed[flag]) not in NOTHING and typed[flag] is not False:
+            if flag in typed and (flag, typed[flag]) not in NOTHING:
                 raise UsageError(f"{shown(flag, typed[flag])}: --method {values['method']} does not {what}")
             if flag in PRESETS[values["preset"]]:  # what a method cannot use of a preset, it goes without
                 settings[flag] = getattr(Recipe, flag)
@@ -376,7 +376,7 @@ def make_recipe(values, typed):
     return recipe if values["seqlen"] is None else replace(recipe, seqlen=values["seqlen"])
 
 
-NOTHING = (("act_bits", 16), ("wbits", 16), ("target", "layer"), ("clip", "none"))  # settings that say: do not, as --no-... does
+NOTHING = (("act_bits", 16), ("wbits", 16))  # not quantized: what a method that cannot quantize them does
 
 
 def shown(flag, value=None):

@@ -1,400 +1,280 @@
-"""opt.py as a user runs it: flags do what their help says, the paper's commands run as they stand, bad input is one line and exit 2."""
+"""The command line: what it asks for, from flags as they are typed, and one line, at once, for what cannot be."""
 
-import json
-import re
-import shutil
 import subprocess
 import sys
-from functools import partial
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 
+import conftest
 import pytest
-import torch
-from conftest import CONTEXT, WORDS, messages, save_model, tiny_model, toy_tokenizer
-from evalutils import SCHEMA
-from safetensors.torch import load_file, save_file
-from test_modelutils import PUBLISHED
+from conftest import CONTEXT
 
+import main
 import opt
-from modelutils import METHODS, PRESETS
+import recipe
+import run.pipeline
+from recipe import METHODS, Recipe, UsageError
+from run import cli
 
-SCRIPT = Path(opt.__file__)
+ROOT = Path(__file__).parents[1]
+ROUNDING = [name for name, method in METHODS.items() if method.weights]
 
-
-@pytest.fixture
-def cli(run_script):
-    """run(*arguments) of opt.py, as run_script."""
-    return partial(run_script, opt)
-
-
-@pytest.fixture
-def json_of(cli, tiny_opt, corpora, tmp_path):
-    """json_of(*arguments) -> the results of a run on the tiny model and the corpus `own`, where the arguments do not say otherwise."""
-
-    def run(*arguments):
-        path = tmp_path / "run.json"
-        defaults = ("--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--nsamples", 3, "--seqlen", 16, "--device", "cpu")
-        status, out, err = cli(tiny_opt, *defaults, *arguments, "--output_path", path)
-        assert status == 0 and not [line for line in err if not line.endswith(CUT)], err
-        run = json.loads(path.read_text())
-        path.unlink()
-        return run | {"out": out}
-
-    return run
-
-
-# ---------------------------------------------------------------------------
-# Runs
-
-AWRQ = ("--method", "awrq", "--wbits", "4")
-GROUPED = (*AWRQ, "--groupsize", "12")
-SMOOTH = (*AWRQ, "--smooth")
-CUT = "longer than the model's context, 64 tokens; their start is cut off"  # as are the demo's stories, for a tiny model
-STREAM = (*AWRQ, "--target", "stream")
-TASK = ("--tasks", SCRIPT.parent / "demo/tasks/world_why.yaml", "--limit", "4")
-
-
-def numbers(run):
-    return run["layers"], run["results"]
-
-
-# flag: the arguments with it, what the JSON must then say, and the arguments of a run whose numbers differ (None: need not)
-FLAGS = {
-    "--method": (("--method", "rtn", "--wbits", "4"), ("recipe", "method", "rtn"), AWRQ),
-    "--wbits": (("--method", "awrq", "--wbits", "3"), ("recipe", "wbits", 3), AWRQ),
-    "--act_bits": ((*AWRQ, "--act_bits", "5"), ("recipe", "act_bits", 5), AWRQ),
-    "--act_quant": (
-        ("--method", "gptq", "--wbits", "4", "--act_quant"),
-        ("recipe", "act_bits", 8),
-        ("--method", "gptq", "--wbits", "4"),
-    ),
-    "--act_pertoken": ((*AWRQ, "--act_pertoken"), ("recipe", "act_pertoken", True), AWRQ),
-    "--groupsize": (GROUPED, ("recipe", "groupsize", 12), AWRQ),
-    "--sym": ((*AWRQ, "--sym"), ("recipe", "sym", True), AWRQ),
-    "--smooth": (SMOOTH, ("recipe", "smooth", True), AWRQ),
-    "--alpha": ((*SMOOTH, "--alpha", "0.8"), ("recipe", "alpha", 0.8), SMOOTH),
-    "--min": ((*SMOOTH, "--min", "3.5"), ("recipe", "min", 3.5), SMOOTH),
-    "--percdamp": ((*AWRQ, "--percdamp", "0.5"), ("recipe", "percdamp", 0.5), AWRQ),
-    "--blocksize": ((*AWRQ, "--blocksize", "8"), ("recipe", "blocksize", 8), AWRQ),
-    "--actorder": ((*GROUPED, "--actorder"), ("recipe", "actorder", True), GROUPED),
-    "--true-sequential": ((*AWRQ, "--true-sequential"), ("recipe", "true_sequential", True), AWRQ),
-    "--grid": ((*AWRQ, "--grid", "reformulated"), ("recipe", "grid", "reformulated"), AWRQ),
-    "--clip": ((*AWRQ, "--clip", "hessian"), ("recipe", "clip", "hessian"), (*AWRQ, "--clip", "mse")),
-    "--target": ((*AWRQ, "--target", "stream"), ("recipe", "target", "stream"), AWRQ),
-    "--target_mix": ((*STREAM, "--target_mix", "0.9"), ("recipe", "target_mix", 0.9), STREAM),
-    "--bias_correction": ((*AWRQ, "--bias_correction"), ("recipe", "bias_correction", True), AWRQ),
-    "--smooth_search": ((*SMOOTH, "--smooth_search"), ("recipe", "smooth_search", True), SMOOTH),
-    "--preset": ((*AWRQ, "--preset", "plus"), ("recipe", "clip", PRESETS["plus"]["clip"]), AWRQ),
-    "--calib_data": ((*AWRQ, "--calib_data", "ptb"), ("protocol", "calibration", "corpus", "ptb"), AWRQ),
-    "--nsamples": ((*AWRQ, "--nsamples", "5"), ("protocol", "calibration", "nsamples", 5), AWRQ),
-    "--seqlen": ((*AWRQ, "--seqlen", "20"), ("protocol", "calibration", "seqlen", 20), AWRQ),
-    "--seed": ((*AWRQ, "--seed", "1"), ("protocol", "calibration", "seed", 1), AWRQ),
-    "--data_dir": (("--eval", "ptb"), ("protocol", "evaluation", "ptb", "split", "validation"), None),
-    "--device": (("--device", "cpu"), ("hardware", "device", "cpu"), None),
-    "--dtype": ((*AWRQ, "--dtype", "bfloat16"), ("protocol", "dtype", "bfloat16"), AWRQ),
-    "--walk_batch": ((*AWRQ, "--walk_batch", "2"), ("protocol", "walk_batch", 2), None),
-    "--output_path": (("--method", "full"), ("schema", SCHEMA), None),
-    "--eval": (("--eval", "wikitext2"), ("results", "perplexity", "wikitext2", "seqlen", 16), None),
-    "--new-eval": (("--eval", "ptb", "--new-eval"), ("results", "perplexity", "ptb-new", "seqlen", 16), None),
-    "--tasks": (TASK, ("results", "tasks", "n-samples", "world_why", "effective", 4), None),
-    "--limit": ((*TASK, "--limit", "3"), ("results", "tasks", "n-samples", "world_why", "effective", 3), None),
-    "--num_fewshot": ((*TASK, "--num_fewshot", "0"), ("results", "tasks", "n-shot", "world_why", 0), None),
-    "--batch_size": ((*TASK, "--batch_size", "2"), ("results", "tasks", "config", "batch_size", 2), None),
-    "--compare_full": ((*AWRQ, "--compare_full"), ("full", "perplexity", "own", "seqlen", 16), None),
+# The OPT commands of the paper's repository (ppl/run_opt.sh), and the recipe that each must mean.
+PAPER = "--calib_data c4 --wbits 4 --act_bits 8 --groupsize -1 --blocksize 1"
+PUBLISHED = {
+    "--calib_data c4 --method full": {"wbits": 16, "act_bits": 16, "smooth": False},
+    f"{PAPER} --method awrq --smooth --alpha 0.50 --min 0.10": {"wbits": 4, "act_bits": 8, "smooth": True},
+    f"{PAPER} --method awrq": {"wbits": 4, "act_bits": 8, "smooth": False},
+    "--calib_data c4 --wbits 4 --act_bits 8 --groupsize -1 --method smoothquant --alpha 0.50 --min 0.10": {
+        "wbits": 4,
+        "act_bits": 8,
+        "smooth": True,
+    },
+    "--calib_data c4 --wbits 4 --act_bits 8 --groupsize -1 --method rtn": {"wbits": 4, "act_bits": 8, "smooth": False},
+    "--calib_data c4 --wbits 4 --groupsize -1 --blocksize 1 --method gptq --smooth --alpha 0.50 --min 0.10": {
+        "wbits": 4,
+        "act_bits": 16,
+        "smooth": True,
+    },
+    "--calib_data c4 --wbits 3 --groupsize -1 --blocksize 1 --method gptq": {"wbits": 3, "act_bits": 16, "smooth": False},
+    "--calib_data c4 --act_bits 8 --method act_only --smooth --alpha 0.5 --min 0.1": {"wbits": 16, "act_bits": 8, "smooth": True},
+    "--calib_data c4 --act_bits 8 --method act_only": {"wbits": 16, "act_bits": 8, "smooth": False},
+    "--calib_data c4 --act_bits 6 --method act_only": {"wbits": 16, "act_bits": 6, "smooth": False},
 }
-BY_THEMSELVES = {"--table_results", "--skip_missing"}
-BY_THEMSELVES |= {"--save", "--load", "--export", "--checkpoint_dir", "--kernel", "--benchmark", "--benchmark_prefill", "--check"}
 
 
-def test_every_flag_has_help_and_a_test():
-    actions = [action for action in opt.parser()._actions if "--help" not in action.option_strings]
-    for action in actions:
-        assert action.help and len(action.help) > 10, action
-    assert {action.option_strings[0] for action in actions if action.option_strings} == set(FLAGS) | BY_THEMSELVES
-    switches = {option for action in actions for option in action.option_strings[1:]}
-    on = {f"--no-{flag.replace('true_', 'true-')}" for flag, value in PRESETS["plus"].items() if value is True}
-    assert on <= switches, "what a preset switches on can be switched off"
+def run_of(*argv, script=opt):
+    """The Run that a command line asks for."""
+    return cli.parse(cli.make_parser(*script.main.args, **script.main.keywords), [str(argument) for argument in argv])
 
 
-def test_help(cli):
-    status, out, err = cli("--help")
-    assert status == 0 and not err
-    assert all(flag in out for flag in FLAGS) and "python opt.py facebook/opt-125m" in out
+def recipe_of(line, context=2048):
+    return conftest.recipe_of(opt, line, context)
 
 
-@pytest.mark.parametrize("flag", FLAGS)
-def test_a_flag_does_what_it_says(flag, json_of):
-    arguments, (*path, expected), other = FLAGS[flag]
-    run = value = json_of(*arguments)
-    for key in path:
-        value = value[key]
-    assert value == expected
-    assert other is None or numbers(run) != numbers(json_of(*other))
-
-
-def test_the_same_command_gives_the_same_numbers(json_of):
-    assert numbers(json_of(*SMOOTH)) == numbers(json_of(*SMOOTH))
-
-
-def test_walk_batch_changes_no_result(json_of):
-    one, four = (json_of(*SMOOTH, "--walk_batch", n) for n in (1, 4))
-    ppls = [run["results"]["perplexity"]["own"]["ppl"] for run in (one, four)]
-    assert ppls[0] == pytest.approx(ppls[1], rel=1e-3)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_and_reports(json_of, method):
-    row = METHODS[method]
-    run = json_of("--method", method, *(["--wbits", "4"] if row.weights else []))
-    layers = [(layer["block"], layer["name"]) for layer in run["layers"]]
-    assert len(layers) == len(set(layers)) == (0 if method == "full" else 12)
-    assert all(0 < layer["error"] < 1 for layer in run["layers"])
-    assert run["results"]["perplexity"]["own"]["ppl"] > 1
-    assert run["model_type"] == "opt" and run["results"]["tasks"] == {}
-    assert (run["protocol"]["calibration"] is None) == (method == "full")
-    ppl = run["results"]["perplexity"]["own"]
-    assert re.search(rf"^\| own +\|[^|]+\| +{ppl['ppl']:.4f} \| +{ppl['windows']} \| +16 \|$", run["out"], re.MULTILINE), run["out"]
-    assert "seconds: " in run["out"] and "peak memory: host" in run["out"]
-    assert ("block 1: output errors" in run["out"]) == (method != "full")
-    expected = {"evaluation", "loading"}
-    if method != "full":
-        expected |= {"calibration", "capture", "propagation", "statistics"}
-        expected |= {"solving"} if row.weights else set()
-        expected |= {"smoothing"} if row.smooth[0] else set()
-    assert set(run["seconds"]) == expected
-
-
-def test_tasks_as_a_table_or_as_json(json_of):
-    assert re.search(r"^\| world_why +\| +0 \| +acc \|", json_of(*TASK, "--table_results")["out"], re.MULTILINE)
-    assert '"world_why": {' in json_of(*TASK)["out"]
-
-
-def test_a_task_whose_data_is_missing(cli, tiny_opt, corpora):
-    arguments = (tiny_opt, "--data_dir", corpora, "--eval", "", "--tasks", f"storycloze,{TASK[1]}", *TASK[2:])
-    status, _, err = cli(*arguments)
-    assert status == 2 and "storycloze_2018" in err[-1] and "--data_dir" in err[-1], err
-    status, out, err = cli(*arguments, "--skip_missing", "--table_results")
-    assert status == 0 and "| world_why" in out and any("skipped: storycloze_2018" in line for line in err), err
-
-
-def test_what_is_saved_is_loaded_and_exported(json_of, cli, tiny_opt, corpora, tmp_path):
-    saved, exported, blocks = tmp_path / "saved", tmp_path / "exported", tmp_path / "blocks"
-    run = json_of(*SMOOTH, "--save", saved, "--export", "compressed-tensors", exported, "--checkpoint_dir", blocks)
-    assert "in FP16" in run["out"] and (exported / "config.json").is_file()
-    again = json_of(*SMOOTH, "--checkpoint_dir", blocks)
-    assert numbers(again) == numbers(run), "all blocks are there already"
-    path = tmp_path / "loaded.json"
-    common = ("--load", saved, "--data_dir", corpora, "--eval", "own", "--seqlen", 16)
-    status, out, err = cli(*common, "--kernel", "torch", "--benchmark", 12, "--check", "--output_path", path)
-    assert status == 0 and not err and "kernel: torch" in out and "per token" in out, (out, err)
-    ppl = [result["results"]["perplexity"]["own"]["ppl"] for result in (run, json.loads(path.read_text()))]
-    assert ppl[0] == pytest.approx(ppl[1], rel=1e-3)
-    assert cli(tiny_opt, *common, "--compare_full", "--benchmark", 12, "--benchmark_prefill", 20, "--output_path", path)[0] == 0
-    both = json.loads(path.read_text())
-    for part, tokens in (("benchmark", 12), ("prefill", 20)):
-        assert both["full"][part]["tokens"] == both["results"][part]["tokens"] == tokens
-    assert both["full"]["perplexity"]["own"]["ppl"] != both["results"]["perplexity"]["own"]["ppl"] == ppl[1]
-    for wrong, part in (
-        (("--save", tmp_path / "other"), "--save"),
-        (("--wbits", 3), "--wbits"),
-        (("--kernel", "cuda"), "--kernel"),
-        (("--check",), "--benchmark"),
-    ):
-        status, _, err = cli(*common, *wrong, "--device", "cpu")
-        assert status == 2 and len(err) == 1 and part in err[0], err
+@contextmanager
+def one_line(*parts):
+    with pytest.raises(UsageError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and all(str(part) in message for part in parts), message
 
 
 @pytest.mark.parametrize("line", PUBLISHED)
-def test_the_published_commands_run(line, cli, tiny_opt, corpora):
-    """As they stand, but for the model and what makes them short."""
-    status, out, err = cli(tiny_opt, *line.split(), "--data_dir", corpora, "--nsamples", 3, "--seqlen", 16, "--device", "cpu")
-    assert status == 0 and not err, err
-    assert [row.split("|")[1].strip() for row in out.splitlines() if row.startswith("| ")] == ["corpus", "wikitext2", "ptb", "c4"]
+def test_the_published_commands_mean_what_they_meant(line):
+    defaults = {"groupsize": -1, "blocksize": 1, "alpha": 0.5, "min": 0.1, "percdamp": 0.01, "seed": 0, "nsamples": 128, "seqlen": 2048}
+    recipe = recipe_of(line)
+    assert {key: getattr(recipe, key) for key in PUBLISHED[line] | defaults} == PUBLISHED[line] | defaults
+    assert recipe.method == line.split("--method ")[1].split()[0]
+    assert not (recipe.sym or recipe.actorder or recipe.act_pertoken or recipe.true_sequential)
 
 
-def test_new_eval_is_a_shorthand(json_of):
-    assert set(json_of("--eval", "wikitext2,ptb,c4", "--new-eval")["results"]["perplexity"]) == {"wikitext2", "ptb-new", "c4-new"}
-    both = json_of("--eval", "ptb,c4-new,own,ptb")
-    assert list(both["results"]["perplexity"]) == ["ptb", "c4-new", "own"]
-    for name, how in both["protocol"]["evaluation"].items():
-        assert {"corpus", "split", "rule", "source", "seqlen", "n_tokens"} <= set(how), name
+def test_the_defaults():
+    assert recipe_of("") == Recipe(method="full", wbits=16, act_bits=16, seqlen=2048)
+    assert recipe_of("", context=64).seqlen == 64
+    assert recipe_of("", context=4096).seqlen == 2048
 
 
-def test_the_context_is_the_default_seqlen(cli, tiny_opt, corpora, tmp_path):
-    path = tmp_path / "new" / "folder" / "run.json"
-    status, _, err = cli(tiny_opt, "--data_dir", corpora, "--eval", "own", "--output_path", path)
-    assert status == 0, err
-    run = json.loads(path.read_text())
-    assert run["results"]["perplexity"]["own"]["seqlen"] == run["recipe"]["seqlen"] == CONTEXT
-    assert run["recipe"]["method"] == "full" and run["layers"] == []
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_implies(method):
+    """Read from the table: activations and smoothing are as it says, and can be asked for where it allows both."""
+    row, wbits = METHODS[method], " --wbits 4" if METHODS[method].weights else ""
+    plain = recipe_of(f"--method {method}{wbits}")
+    assert plain.smooth == row.smooth[0] and plain.act_bits == (8 if row.acts[0] else 16)
+    for flag, allowed, field, value in (
+        ("--smooth", row.smooth, "smooth", True),
+        ("--act_quant", row.acts, "act_bits", 8),
+    ):
+        if True in allowed:
+            assert getattr(recipe_of(f"--method {method}{wbits} {flag}"), field) == value
+        else:
+            with one_line(flag, method):
+                recipe_of(f"--method {method}{wbits} {flag}")
 
 
-def test_a_dead_input_is_a_warning_and_the_run_goes_on(cli, tmp_path, corpora):
-    model = tiny_model()
-    with torch.no_grad():
-        for p in model.model.decoder.layers[1].final_layer_norm.parameters():
-            p.zero_()
-    folder = save_model(tmp_path / "dead", model)
-    status, out, err = cli(folder, *AWRQ, "--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--nsamples", 3, "--seqlen", 16)
-    assert status == 0 and "| own" in out
-    assert len(err) == 1 and err[0].startswith("warning: block 1 fc1"), err
+@pytest.mark.parametrize("method", ROUNDING)
+def test_a_method_that_rounds_weights_wants_to_know_how(method):
+    for line in (f"--method {method}", f"--method {method} --wbits 16"):
+        with one_line("--wbits", method):
+            recipe_of(line)
 
 
-# ---------------------------------------------------------------------------
-# Bad input
+def refusals():
+    """Settings that a method cannot use, from the table: (command line, flag)."""
+    for name, row in METHODS.items():
+        start = f"--method {name}" + " --wbits 4" * bool(row.weights)
+        if not row.weights:
+            flags = ("--wbits 4", "--groupsize 64", "--sym", "--blocksize 8", "--clip mse", "--bias_correction")
+            yield from ((f"{start} {flag}", flag) for flag in flags)
+        if not row.stats:
+            flags = ("--percdamp 0.1", "--actorder", "--true-sequential", "--grid reformulated", "--target stream", "--clip hessian")
+            yield from ((f"{start} {flag}", flag) for flag in flags)
+        yield f"{start} --target_mix 0.3", "--target_mix 0.3"  # without --target stream, if it can be
+        if False not in row.smooth:
+            yield f"{start} --no-smooth", "--no-smooth"
+        if not row.smooth[0]:  # unless it is asked for, if it can be
+            yield from ((f"{start} {flag}", flag) for flag in ("--alpha 0.3", "--min 0.2", "--smooth_search"))
+        if not row.acts[0]:
+            yield from ((f"{start} {flag}", flag) for flag in ("--act_bits 6", "--act_pertoken"))
 
 
-@pytest.fixture
-def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
-    """refused(parts, *arguments, model=, loads=): one line with every part, exit status 2, nothing written; before weights are loaded."""
-
-    def run(parts, *arguments, model=tiny_opt, loads=False):
-        if not loads:
-            monkeypatch.setattr(opt, "open_model", lambda *_: pytest.fail("the weights are loaded first"))
-        folder = tmp_path / "results"
-        folder.mkdir()
-        defaults = ("--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--nsamples", 3, "--seqlen", 16)
-        status, out, err = cli(model, *defaults, "--output_path", folder / "run.json", *arguments)
-        assert status == 2
-        assert len(err) == 1, err
-        assert err[0].startswith("opt.py: error: ") and all(str(part) in err[0] for part in parts), err
-        assert not re.search(r"^\|", out, re.MULTILINE), "a table of results"
-        assert not list(folder.iterdir()), "half-written"
-
-    return run
+@pytest.mark.parametrize(("line", "flag"), list(refusals()))
+def test_a_setting_that_a_method_cannot_use_is_an_error(line, flag):
+    with one_line(flag, line.split()[1]):
+        recipe_of(line)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    "line",
     [
-        (("--method", "magic"), ["--method", "magic", "awrq"]),
-        (("--wbits", "four", "--method", "rtn"), ["--wbits", "four"]),
-        ((*AWRQ, "--wbits", "1"), ["--wbits 1", "2 to 8"]),
-        ((*AWRQ, "--wbits", "9"), ["--wbits 9", "2 to 8"]),
-        ((*AWRQ, "--wbits", "16"), ["--wbits", "awrq"]),
-        (("--method", "rtn"), ["--wbits", "rtn"]),
-        ((*AWRQ, "--act_bits", "3"), ["--act_bits 3", "4 to 8"]),
-        ((*AWRQ, "--act_bits", "9"), ["--act_bits 9", "4 to 8"]),
-        ((*AWRQ, "--groupsize", "0"), ["--groupsize 0"]),
-        ((*AWRQ, "--groupsize", "-2"), ["--groupsize -2"]),
-        ((*AWRQ, "--blocksize", "0"), ["--blocksize 0"]),
-        ((*SMOOTH, "--alpha", "1.5"), ["--alpha 1.5", "0 and 1"]),
-        ((*SMOOTH, "--alpha", "-0.5"), ["--alpha -0.5", "0 and 1"]),
-        ((*SMOOTH, "--alpha", "nan"), ["--alpha nan"]),
-        ((*SMOOTH, "--min", "0"), ["--min 0", "positive"]),
-        ((*SMOOTH, "--min", "-1"), ["--min -1", "positive"]),
-        ((*AWRQ, "--percdamp", "-0.1"), ["--percdamp -0.1"]),
-        ((*AWRQ, "--clip", "some"), ["--clip", "some", "hessian"]),
-        ((*AWRQ, "--grid", "any"), ["--grid", "any", "reformulated"]),
-        ((*AWRQ, "--target", "moon"), ["--target", "moon", "stream"]),
-        ((*STREAM, "--target_mix", "1.5"), ["--target_mix 1.5", "between 0"]),
-        ((*AWRQ, "--target_mix", "0.3"), ["--target_mix 0.3", "--target stream"]),
-        ((*AWRQ, "--preset", "best"), ["--preset", "best", "plus"]),
-        (("--method", "rtn", "--wbits", "4", "--preset", "plus", "--no-actorder"), ["--no-actorder", "rtn"]),
-        ((*AWRQ, "--nsamples", "0"), ["--nsamples 0"]),
-        ((*AWRQ, "--seed", "-1"), ["--seed -1"]),
-        (("--seqlen", "1"), ["--seqlen 1"]),
-        (("--seqlen", CONTEXT + 1), [f"--seqlen {CONTEXT + 1}", f"{CONTEXT} tokens"]),
-        (("--walk_batch", "0"), ["--walk_batch", "0"]),
-        (("--walk_batch", "x"), ["--walk_batch", "x"]),
-        (("--method", "rtn", "--wbits", "4", "--smooth"), ["--smooth", "rtn"]),
-        (("--method", "gptq", "--wbits", "4", "--act_bits", "6"), ["--act_bits 6", "gptq", "--act_quant"]),
-        (("--eval", "nowhere"), ["nowhere", "wikitext2", "own"]),
-        (("--eval", ""), ["nothing to evaluate", "--eval"]),
-        ((*AWRQ, "--calib_data", "nowhere"), ["nowhere", "c4", "own"]),
-        ((*AWRQ, "--calib_data", "ptb-new"), ["ptb-new", "evaluation"]),
-        (("--data_dir", "/no/such/folder"), ["--data_dir", "/no/such/folder"]),
-        (("--eval", "short"), ["short", "tokens", "seqlen 16"]),
-        ((*AWRQ, "--calib_data", "short"), ["short", "tokens", "seqlen 16"]),
-        ((*AWRQ, "--nsamples", "100000"), ["own", "100000"]),
-        ((*AWRQ, "--calib_data", "one", "--eval", "one"), ["one", "share", "validation"]),
-        ((*AWRQ, "--calib_data", "c4", "--nsamples", "100000"), ["c4", "100000"]),
-        (("--device", "cuda" if not torch.cuda.is_available() else "cuda:99"), ["--device", "cuda", "cpu"]),
-        (("--device", "abacus"), ["--device", "abacus", "cpu"]),
-        (("--dtype", "float8"), ["--dtype", "float8", "bfloat16"]),
+        "--method gptq --wbits 4 --act_quant --act_bits 6 --act_pertoken",
+        "--method gptq --wbits 4 --act_bits 16",
+        "--method act_only --wbits 16",
+        "--method full --act_bits 16",
+        "--method awrq --wbits 4 --smooth --alpha 0.3 --min 0.2 --percdamp 0.1 --actorder --true-sequential --sym --groupsize 64",
+        "--method smoothquant --wbits 8 --smooth --alpha 0.3",
+        "--method act_only --act_bits 16 --smooth",
+        "--method rtn --wbits 4 --no-smooth",
     ],
-    ids=lambda x: " ".join(map(str, x[-2:])) if isinstance(x, tuple) else "",
 )
-def test_a_bad_setting(refused, arguments, parts):
-    refused(parts, *arguments)
+def test_settings_that_go_together(line):
+    recipe, typed = recipe_of(line), line.split()
+    for flag in ("alpha", "min", "percdamp", "groupsize"):
+        if f"--{flag}" in typed:
+            assert getattr(recipe, flag) == float(typed[typed.index(f"--{flag}") + 1]), flag
+    for flag in ("actorder", "true_sequential", "sym", "act_pertoken"):
+        assert getattr(recipe, flag) == (f"--{flag.replace('true_', 'true-')}" in typed), flag
 
 
-def test_an_output_that_cannot_be_written(refused, tmp_path):
-    (tmp_path / "file").write_text("")
-    refused(["--output_path", tmp_path / "file"], "--output_path", tmp_path / "file" / "run.json")
-
-
-def test_an_output_that_is_a_folder(refused, tmp_path):
-    refused(["--output_path", tmp_path, "folder"], "--output_path", tmp_path)
-
-
-@pytest.fixture
-def folder(tiny_opt, tmp_path):
-    """A copy of the tiny model to spoil."""
-    return shutil.copytree(tiny_opt, tmp_path / "opt")
-
-
-def test_not_an_opt_model(refused, folder):
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
-    (folder / "config.json").write_text(json.dumps(config))
-    refused([folder, "llama", "opt"], model=folder)
-
-
-def test_no_model_folder(refused, tmp_path):
-    refused([tmp_path / "nowhere", "no model"], model=tmp_path / "nowhere")
-
-
-def test_no_weights(refused, folder):
-    (folder / "model.safetensors").unlink()
-    refused([folder, "safetensors"], model=folder, loads=True)
-
-
-def test_no_tokenizer(refused, folder):
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    refused([folder, "tokenizer"], model=folder)
-
-
-def test_a_tokenizer_of_another_model(refused, folder):
-    toy_tokenizer(["<unk>", *(f"filler{i}" for i in range(len(WORDS))), *WORDS[4:]]).save_pretrained(folder)
-    refused([len(WORDS), "tokenizer"], model=folder)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(refused, folder, value):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.decoder.layers.1.self_attn.k_proj.weight"][3, 4] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(["NaN or Inf", "layers.1.self_attn.k_proj.weight"], model=folder, loads=True)
-
-
-@pytest.mark.parametrize("arguments", [AWRQ, ("--method", "full")], ids=["quantizing", "evaluating"])
-def test_activations_that_are_not_finite(refused, folder, arguments):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.decoder.layers.1.fc1.weight"][:] = 3e38
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(["block 1", "fc1", "NaN or Inf"], *arguments, model=folder, loads=True)
+def test_seqlen_beyond_the_context():
+    assert recipe_of("--seqlen 64", context=CONTEXT).seqlen == 64
+    with one_line("--seqlen 65", CONTEXT):
+        recipe_of("--seqlen 65", context=CONTEXT)
 
 
 # ---------------------------------------------------------------------------
-# In a process of its own
+# As typed, not by value
 
 
-def user(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("--method gptq --wbits 4 --act_bits 8", ["--act_bits 8", "--act_quant"]),  # its default, and yet it asks for W4A8
+        ("--method gptq --wbits 4 --act_bits 6", ["--act_bits 6", "--act_quant"]),
+        ("--method rtn --wbits 4 --preset plus --smooth", ["--smooth", "rtn"]),
+        ("--method rtn --wbits 4 --preset plus --clip hessian", ["--clip hessian", "rtn"]),
+        ("--method rtn --wbits 4 --percdamp 0.01", ["--percdamp 0.01", "rtn"]),
+        ("--method act_only --groupsize -1", ["--groupsize -1", "act_only"]),
+        ("--method rtn --wbits 4 --no-actorder", ["--no-actorder", "rtn"]),
+        ("--method rtn --wbits 4 --preset plus --no-actorder", ["--no-actorder", "rtn"]),
+        ("--method awrq --wbits 4 --alpha 0.5", ["--alpha 0.5", "--smooth"]),
+        ("--method awrq --wbits 4 --target_mix 0.5", ["--target_mix 0.5", "--target stream"]),
+        ("--method smoothquant --wbits 4 --no-smooth", ["--no-smooth", "smoothquant"]),
+    ],
+)
+def test_a_flag_typed_at_its_default_is_seen(line, parts):
+    with one_line(*parts):
+        recipe_of(line)
 
 
-def test_a_run_from_another_folder(tiny_opt, corpora, tmp_path):
-    short = ("--data_dir", corpora, "--calib_data", "own", "--eval", "own", "--nsamples", 3, "--seqlen", 16, "--device", "cpu")
-    run = user(tiny_opt, *SMOOTH, *short, "--output_path", tmp_path / "run.json")
-    assert run.returncode == 0 and not messages(run.stderr), run.stderr
-    assert "| own" in run.stdout and "quantizing (awrq)" in run.stderr
-    keys = "schema model model_type recipe protocol results full layers seconds peak_bytes versions commit hardware"
-    assert set(json.loads((tmp_path / "run.json").read_text())) == set(keys.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+@pytest.mark.parametrize("flag", ["--limit 3", "--batch_size 1", "--num_fewshot 0", "--table_results", "--skip_missing"])
+def test_flags_of_tasks_need_tasks(flag):
+    with one_line(flag.split()[0], "needs --tasks"):
+        run_of("MODEL", *flag.split())
+    run_of("MODEL", "--tasks", "copa", *flag.split())
 
 
-def test_an_error(tmp_path):
-    run = user(tmp_path / "nowhere", "--method", "awrq", "--wbits", "4")
-    assert run.returncode == 2 and not run.stdout
-    assert len(messages(run.stderr)) == 1 and str(tmp_path / "nowhere") in run.stderr, run.stderr
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("MODEL --check", ["--check", "--benchmark"]),
+        ("MODEL --kernel torch", ["--kernel", "--load"]),
+        ("MODEL --kernel auto", ["--kernel", "--load"]),
+        ("MODEL --eval , --tasks copa --benchmark 4", ["--benchmark", "--eval"]),
+        ("MODEL --eval , --tasks copa --benchmark_prefill 4", ["--benchmark_prefill", "--eval"]),
+        ("MODEL --eval , --tasks copa --new-eval", ["--new-eval", "--eval"]),
+        ("MODEL --eval ,", ["nothing to evaluate", "--tasks", "--eval", "--save"]),
+        ("MODEL --compare_full", ["--compare_full", "full"]),
+        ("MODEL --export gguf x --method rtn --wbits 4", ["--export gguf", "compressed-tensors"]),
+        ("MODEL --save x", ["--save", "full", "nothing to pack"]),
+        ("MODEL --method act_only --checkpoint_dir x", ["--checkpoint_dir", "act_only", "nothing to pack"]),
+        ("MODEL --method act_only --export compressed-tensors x", ["--export", "act_only", "nothing to pack"]),
+        ("", ["MODEL", "--load"]),
+        *(
+            (f"--load x {flag}", [flag.split()[0], "--load", "leave it out"])
+            for flag in ("--method full", "--wbits 4", "--smooth", "--true-sequential", "--calib_data c4", "--preset paper", "--save y")
+        ),
+        ("--load x --checkpoint_dir y", ["--checkpoint_dir", "--load"]),
+    ],
+)
+def test_what_does_not_go_together(line, parts):
+    with one_line(*parts):
+        run_of(*line.split())
+
+
+@pytest.mark.parametrize("line", ["MODEL --eval , --method rtn --wbits 4 --save x", "--load x --eval , --export compressed-tensors y"])
+def test_writing_alone_is_a_whole_job(line):
+    run = run_of(*line.split())
+    assert not run.corpora and not run.tasks and (run.save or run.export)
+
+
+def test_a_run_is_complete_and_frozen():
+    run = run_of("MODEL", "--eval", "ptb,c4-new,own,ptb", "--new-eval", "--device", "tpu", "--limit", "0.5", "--tasks", "a,b,a")
+    assert run.corpora == ("ptb-new", "c4-new", "own") and run.tasks == ("a", "b") and run.limit == 0.5
+    assert run.device == "tpu", "checked when torch is there"
+    assert run.recipe.method == "full" and run.seqlen is None and run.script == "opt.py"
+    assert run_of("--load", "x").recipe is None
+    with pytest.raises(AttributeError):
+        run.model = "other"
+    other = run_of("MODEL", "--eval", "c4", script=main)
+    assert other.script == "main.py" and other.recipe.min == 0.01 and run_of("MODEL", "--tasks", "copa", script=main).corpora == ()
+
+
+# ---------------------------------------------------------------------------
+# Quickly, and in one line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["MODEL", "--no_such_flag"], ["MODEL", "--method", "magic"], ["MODEL", "--limit", "3"]])
+@pytest.mark.parametrize("script", ["opt.py", "main.py"])
+def test_help_and_wrong_flags_import_nothing_slow(script, arguments):
+    command = [sys.executable, "-X", "importtime", script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "run.cli" in imported and not {"torch", "transformers", "numpy", "datasets"} & imported
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UsageError("a: b"), 2), (OSError("disk full"), 2), (FloatingPointError("NaN"), 2), (ValueError("zip()"), None)]
+)
+def test_what_the_user_did_is_one_line_and_our_own_bugs_are_tracebacks(error, status, monkeypatch, capsys):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(run.pipeline, "execute", fail)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    with pytest.raises(SystemExit if status else type(error)) as caught:
+        opt.main(argv=["MODEL"])
+    if status:
+        assert caught.value.code == status and capsys.readouterr().err == f"opt.py: error: {error}\n"
+
+
+def test_warnings_in_a_run_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(run.pipeline, "execute", lambda run: warnings.warn("block 1 fc2: something", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        opt.main(argv=["MODEL"])
+    assert capsys.readouterr().err.splitlines() == ["warning: block 1 fc2: something"]
+
+
+def test_names_of_flags_are_those_of_the_tables():
+    from formats.export import FORMATS
+    from quant import CLIPS
+
+    assert tuple(CLIPS) == recipe.CLIPS and tuple(FORMATS) == recipe.EXPORTS
+    for method in METHODS.values():
+        for name in (method.weights, method.stats, *(method.stream or ())):
+            assert name is None or callable(resolve_name(name)), name

@@ -1,20 +1,20 @@
 """main.py as a user runs it: what the paper's commands mean, tasks and text in one run, and bad input of its own."""
 
-import inspect
 import json
 import sys
 from functools import partial
 
 import pytest
-from conftest import save_model, tiny_model, toy_tokenizer
+from conftest import recipe_of, save_model, tiny_model, toy_tokenizer
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
-from test_cli import CUT, TASK
+from test_runs import CUT, TASK
 from transformers import AutoConfig
 
 import main
 import opt
-from modelutils import FAMILIES, make_recipe
+from modelutils import FAMILIES
+from run import cli
 
 # The LLaMA commands of the paper's repository (zero_shot/run_llama.sh in the forms that its README has), and what each must mean.
 TASKS = "--tasks piqa,arc_easy,arc_challenge,boolq,copa,storycloze --table_results"
@@ -34,20 +34,21 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("line", PUBLISHED)
 def test_the_published_commands_mean_what_they_meant(line):
-    args = main.parser().parse_args(["meta-llama/Llama-2-7b", *line.split()])
-    recipe = make_recipe(args, 4096)
+    recipe = recipe_of(main, line, 4096)
     assert (recipe.wbits, recipe.act_bits, recipe.smooth) == PUBLISHED[line]
-    assert (recipe.method, recipe.alpha, recipe.min, recipe.nsamples, recipe.seqlen) == (args.method, 0.5, 0.01, 128, 2048)
-    assert args.eval == "" and args.table_results and args.batch_size == 1 and args.tasks.endswith(",storycloze")
+    assert (recipe.alpha, recipe.min, recipe.nsamples, recipe.seqlen) == (0.5, 0.01, 128, 2048)
+    asked = cli.parse(cli.make_parser(*main.main.args, **main.main.keywords), ["MODEL", *line.split()])
+    assert asked.corpora == () and asked.table_results and asked.batch_size == 1 and asked.tasks[-1] == "storycloze"
+    assert recipe.method == line.split("--method ")[1].split()[0]
 
 
 def test_the_scripts_differ_by_family_and_defaults_only():
-    flags = {module: {a.dest: (a.option_strings, a.default) for a in module.parser()._actions} for module in (main, opt)}
+    parsers = {module: cli.make_parser(*module.main.args, **module.main.keywords) for module in (main, opt)}
+    flags = {module: {a.dest: (a.option_strings, a.default) for a in parser._actions} for module, parser in parsers.items()}
     assert {name for name in flags[opt] if flags[main].get(name) != flags[opt][name]} == {"min", "eval"}
     assert flags[main].keys() == flags[opt].keys()
-    assert inspect.getsource(main.main).replace("main.py", "opt.py") == inspect.getsource(opt.main), "the same steps"
     assert {family.script for family in FAMILIES.values()} == {"main.py", "opt.py"}
-    assert "0.1" in main.parser().format_help() and "0.01" in main.parser().format_help()
+    assert "0.1" in parsers[main].format_help() and "0.01" in parsers[main].format_help()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_tasks_and_text_of_both_models_in_one_run(run, tiny_llama, corpora, tmp_
     ids=lambda x: " ".join(map(str, x[-2:])) if isinstance(x, tuple) else "",
 )
 def test_bad_input(monkeypatch, run, tiny_llama, corpora, arguments, parts):
-    monkeypatch.setattr(main, "open_model", lambda *_: pytest.fail("the weights are loaded first"))
+    monkeypatch.setattr("run.pipeline.open_decoder", lambda *_: pytest.fail("the weights are opened first"))
     status, out, err = run(tiny_llama, "--data_dir", corpora, *arguments)
     assert status == 2 and len(err) == 1 and not out, (out, err)
     assert err[0].startswith("main.py: error: ") and all(str(part) in err[0] for part in parts), err

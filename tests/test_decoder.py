@@ -1,0 +1,110 @@
+"""A decoder walked block by block is the model, wherever its sequences are kept; its skeleton never changes."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import CPU, TINY, VARIANTS, decoder_blocks, tiny_model, token_ids
+from torch import nn
+
+from modelutils import FAMILIES, Sequences, decoder_of, default_walk_batch, run_block
+from runtime import Place
+
+IDS = token_ids(5, 48)
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def walked(decoder, batches, place):
+    """The logits of every batch."""
+    sequences = decoder.embed(batches, place)
+    for i, block in decoder.visits(CPU, "test"):
+        sequences.propagate(block, f"block {i}")
+    return list(decoder.logits(sequences))
+
+
+@pytest.mark.parametrize("home", ["device", "folder"])
+@pytest.mark.parametrize("walk_batch", [1, 2, 5])
+def test_a_walked_decoder_is_the_model(model, walk_batch, home, tmp_path):
+    found = walked(decoder_of(model), IDS.split(walk_batch), Place(CPU, tmp_path if home == "folder" else home))
+    assert [len(part) for part in found] == [len(b) for b in IDS.split(walk_batch)]
+    torch.testing.assert_close(torch.cat(found), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_of_several_lengths(model):
+    batches = [IDS[:2], IDS[2:3, :10], IDS[3:, :10]]
+    for found, ids in zip(walked(decoder_of(model), batches, Place(CPU, "device")), batches, strict=True):
+        torch.testing.assert_close(found, logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_materialized_decoder_is_the_model(model):
+    whole = decoder_of(model).materialize(CPU)
+    assert torch.equal(logits(whole), logits(model))
+    assert whole.state_dict().keys() == model.state_dict().keys() and not any(p.is_meta for p in whole.parameters())
+    assert len({p.data_ptr() for p in whole.parameters()}) == len({p.data_ptr() for p in model.parameters()}), "tied where the model is"
+
+
+def test_a_decoder_reads_a_model_and_changes_nothing(model):
+    before, decoder = deepcopy(model.state_dict()), decoder_of(model)
+    walked(decoder, IDS.split(2), Place(CPU, "device"))
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.is_meta for p in decoder.skeleton.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in decoder.skeleton.modules())
+    block = decoder.block(0)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.zero_()
+    assert any(p.any() for p in decoder.block(0).parameters()), "every visit has its own tensors"
+
+
+def test_capture_runs_no_block(monkeypatch, model):
+    ran, decoder = [], decoder_of(model)
+    kind = type(decoder_blocks(model)[0])
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: ran.append(1))
+    sequences = decoder.embed(IDS.split(2), Place(CPU, "device"))
+    assert not ran and [len(x) for x in sequences.x] == [2, 2, 1]
+
+
+def test_a_block_may_return_a_tensor_or_a_tuple():
+    x = torch.randn(2, 3, 4)
+    for block in (lambda x: 2 * x, lambda x: (2 * x, "attention")):
+        assert torch.equal(run_block(block, x, {}, "block 0"), 2 * x)
+
+
+def test_sequences_are_replaced_one_by_one():
+    sequences = Sequences(Place(CPU, "device"))
+    for x in IDS.float()[..., None].split(1):
+        sequences.record(x)
+    sequences.propagate(lambda x: x + 1, "block 0")
+    assert torch.equal(torch.cat(list(sequences)), IDS.float()[..., None] + 1)
+
+
+def test_walk_batch_by_default():
+    config = tiny_model().config
+    batches = [default_walk_batch(config, seqlen, CPU) for seqlen in (1, 64, 2048, 10**6)]
+    assert batches == sorted(batches, reverse=True) and batches[0] > 1 and batches[-1] == 1
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids="-".join)
+def test_a_family_row_is_the_model(family, variant):
+    """Its groups are the block's linears in the order of execution; those of a group read the same tensor; its modules exist."""
+    model, row = tiny_model(family, variant), FAMILIES[family]
+    block, order = decoder_blocks(model)[0], []
+    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears:
+        block.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: order.append((name, args[0])))
+    logits(model, IDS[:1])
+    position = {name: k for k, (name, _) in enumerate(order)}
+    read = dict(order)
+    flat = [name for group in row.groups for name in group.linears]
+    assert sorted(flat) == sorted(linears) and len(set(flat)) == len(flat)
+    starts = [min(position[name] for name in group.linears) for group in row.groups]
+    assert starts == sorted(starts)
+    for group in row.groups:
+        block.get_submodule(group.producer)
+        assert all(torch.equal(read[name], read[group.linears[0]]) for name in group.linears)
+    assert tuple(group.linears for group in row.groups) == TINY[family]["groups"]
