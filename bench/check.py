@@ -15,6 +15,7 @@ from bench.shapes import LAYERS
 from bench.timing import about
 from bench.tune import SPLITS, random_weight
 from kernels import build, cuda
+from recipe import UsageError
 from runtime import write_json
 
 TYPES = (torch.float16, torch.bfloat16)
@@ -233,7 +234,7 @@ def run_checks(checks, library, device):
 
 def main(args):
     if not torch.cuda.is_available():
-        raise ValueError("no GPU: PyTorch finds none here")
+        raise UsageError("no GPU: PyTorch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
     library = cuda.library(device)
@@ -259,5 +260,5 @@ if __name__ == "__main__":
     parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
     try:
         sys.exit(main(parser.parse_args()))
-    except (build.BuildError, ValueError, OSError) as e:
+    except (build.BuildError, UsageError, OSError) as e:
         parser.exit(2, f"{parser.prog}: error: {e}\n")

@@ -17,6 +17,7 @@ from bench import shapes
 from bench.contenders import CONTENDERS, OTHERS, OURS
 from bench.timing import SCHEMA, about, best_time, both_ways, ceilings, during, reason, speedup
 from kernels import build, cuda
+from recipe import UsageError
 from runtime import write_json
 
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -145,7 +146,7 @@ def main(args):
     for name in models:
         shapes.model(name)
     if args.blocks is not None and args.blocks < 1:
-        raise ValueError(f"--blocks {args.blocks}: must be at least 1")
+        raise UsageError(f"--blocks {args.blocks}: must be at least 1")
     if args.output_path and not os.access(Path(args.output_path).resolve().parent, os.W_OK):
         raise OSError(f"--output_path {args.output_path}: cannot write into its folder; give another, or make it")
     if gpu:
@@ -186,6 +187,6 @@ if __name__ == "__main__":
     p = parser()
     try:
         main(p.parse_args())
-    except (build.BuildError, ValueError, OSError) as e:
+    except (build.BuildError, UsageError, OSError) as e:
         p.exit(2, f"{p.prog}: error: {e}\n")
     sys.exit()

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from recipe import UsageError
+
 
 class Model(NamedTuple):
     """Of the sizes of its class in transformers."""
@@ -38,10 +40,10 @@ TIMED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b", "opt-
 
 
 def model(name):
-    """The Model of a name.  Raises ValueError for an unknown one."""
+    """The Model of a name.  Raises UsageError for an unknown one."""
     known = MODELS | TINY
     if name not in known:
-        raise ValueError(f"{name}: no such model; choose from {', '.join(known)}")
+        raise UsageError(f"{name}: no such model; choose from {', '.join(known)}")
     return known[name]
 
 

@@ -14,6 +14,7 @@ import kernels
 from bench import shapes
 from bench.timing import enough_copies, timed
 from kernels import cuda
+from recipe import UsageError
 
 EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; above the last, as for the last
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -81,7 +82,7 @@ def layers(names):
 
 def main(args):
     if not torch.cuda.is_available():
-        raise ValueError("no GPU: PyTorch finds none here")
+        raise UsageError("no GPU: PyTorch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     library, gpu = cuda.library(device), torch.cuda.get_device_name(device)
     table = cuda.tables().get(gpu, {"cells": {}}) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -125,5 +126,5 @@ if __name__ == "__main__":
     )
     try:
         main(parser.parse_args())
-    except (ValueError, OSError) as e:
+    except (UsageError, OSError) as e:
         parser.exit(2, f"{parser.prog}: error: {e}\n")

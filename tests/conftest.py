@@ -5,6 +5,7 @@ import os
 import random
 import re
 import sys
+import traceback
 import warnings
 from copy import deepcopy
 
@@ -134,6 +135,22 @@ def quantize(model, ids, recipe, walk_batch=1, store=None):
     store = store or Store(decoder_of(model), recipe)
     layers = [layer for block in quantize_blocks(store.original, ids, recipe, store, CPU, walk_batch) for layer in block]
     return store.decoder().materialize(CPU), store, layers
+
+
+def in_child(action):
+    """Run action() in a fork of this process: what os.waitpid says of it."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            torch.set_num_threads(1)  # a fork has no other threads
+            action()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
 
 
 class FinishedBlocks(Store):

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU
 from matplotlib import image
 from transformers.utils import import_utils
 
 import kernels
-from kernels import bench, blocks, contenders, cuda, shapes, tune
+from bench import blocks, contenders, linears, quantizing, shapes, tune
+from kernels import cuda
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-import bench_quantize  # noqa: E402
 import plot  # noqa: E402
 
-CPU = torch.device("cpu")
 TIME = {"median", "p20", "p80"}
 
 
@@ -37,13 +37,13 @@ def run(module, *arguments):
 def layers(tmp_path_factory):
     """A layers.json of the smallest sizes, and what is in it."""
     path = tmp_path_factory.mktemp("bench") / "layers.json"
-    return path, run(bench, "--models", "tiny-llama", "--tokens", "1,17", path)
+    return path, run(linears, "--models", "tiny-llama", "--tokens", "1,17", path)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "blocks.json"
-    return path, run(bench, "--block", "--prefill", "8", "--context", "6", "--batch", "1,2", path)
+    return path, run(linears, "--block", "--prefill", "8", "--context", "6", "--batch", "1,2", path)
 
 
 # ---------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_everything_that_is_timed_is_tuned():
 
 def test_layers_json(layers):
     report = layers[1]
-    assert report["schema"] == bench.SCHEMA and report["kind"] == "layers" and report["finished"] and report["note"] == bench.CPU_NOTE
+    assert report["schema"] == linears.SCHEMA and report["kind"] == "layers" and report["finished"] and report["note"] == linears.CPU_NOTE
     assert set(report["about"]) >= {"device", "gpu", "machine", "threads", "versions", "commit"} and report["about"]["gpu"] is None
     assert set(report["ceilings"]) == {"bytes", "float16", "bfloat16", "int8"}
     assert [(layer["rows"], layer["columns"]) for layer in report["layers"]] == list(shapes.linears("tiny-llama"))
@@ -86,7 +86,7 @@ def test_layers_json(layers):
         for name in ("w4a8", "float16", "bfloat16"):
             for tokens in (1, 17):
                 cell = seen.pop((rows, columns, name, tokens))
-                assert set(cell) == set(bench.NOTHING) | {"rows", "columns", "contender", "tokens"}
+                assert set(cell) == set(linears.NOTHING) | {"rows", "columns", "contender", "tokens"}
                 assert set(cell["eager"]) == TIME and cell["graph"] is None and cell["reason"] is None
                 took = cell["eager"]["median"] * 1e-6
                 assert cell["tops"] == pytest.approx(2 * rows * columns * tokens / took * 1e-12)
@@ -102,8 +102,8 @@ def test_roofline():
     w4a8, fp16 = (contenders.CONTENDERS[name] for name in ("w4a8", "float16"))
     memory_bound = {"bytes": 1e12, "int8": 1e15, "float16": 1e15}
     moved = 1024 * 2048 / 2 + 4 * (2048 * 2 + 1024 * 2)
-    assert bench.ideal_seconds(w4a8, memory_bound, 1024, 2048, 4) == (moved, 2 * 1024 * 2048 * 4, pytest.approx(moved / 1e12))
-    assert bench.ideal_seconds(fp16, {"bytes": 1e15, "float16": 1e12}, 1024, 2048, 4)[2] == pytest.approx(2 * 1024 * 2048 * 4 / 1e12)
+    assert linears.ideal_seconds(w4a8, memory_bound, 1024, 2048, 4) == (moved, 2 * 1024 * 2048 * 4, pytest.approx(moved / 1e12))
+    assert linears.ideal_seconds(fp16, {"bytes": 1e15, "float16": 1e12}, 1024, 2048, 4)[2] == pytest.approx(2 * 1024 * 2048 * 4 / 1e12)
 
 
 def test_a_contender_that_fails_costs_only_its_own_cells():
@@ -121,7 +121,7 @@ def test_a_contender_that_fails_costs_only_its_own_cells():
         "float16": contenders.CONTENDERS["float16"],
     }
     ceiling = dict.fromkeys(("bytes", "float16", "int8"), 1e12)
-    cells = list(bench.bench_layer(8, 16, (1, 2), CPU, ceiling, tested))
+    cells = list(linears.bench_layer(8, 16, (1, 2), CPU, ceiling, tested))
     shown = [(c["contender"], c["tokens"], c["reason"]) for c in cells]
     assert shown == [
         ("late", 1, "not for 1"),
@@ -166,7 +166,7 @@ def test_the_product_alone_is_the_second_step(monkeypatch):
 
 def test_blocks_json(whole):
     report = whole[1]
-    assert report["kind"] == "blocks" and report["finished"] and report["note"] == bench.CPU_NOTE
+    assert report["kind"] == "blocks" and report["finished"] and report["note"] == linears.CPU_NOTE
     assert [(m["name"], m["blocks"], m["of"]) for m in report["models"]] == [("tiny-llama", 2, 2), ("tiny-opt", 2, 2)]
     cases = [("prefill", 1, 8), ("decode", 1, 6), ("decode", 2, 6)]
     wanted = [(model, c, *case) for model in shapes.TINY for c in ("float16", "w4a8") for case in cases]
@@ -281,7 +281,7 @@ def test_speedup_sh_draws_from_json(layers, whole, tmp_path):
     assert png(out / "speedup_tokens.png") == (int(high), int(wide))
     assert png(out / "speedup_models.png")[1] == 6 * plot.DPI
     text = (out / "speedup.md").read_text()
-    assert text.count(bench.CPU_NOTE) == 2
+    assert text.count(linears.CPU_NOTE) == 2
     for line in ("| 64 x 64 ", "## Blocks and models", "| tiny-opt   | 2 of 2 ", "Not measured: Marlin W4A16: needs an NVIDIA GPU."):
         assert line in text
 
@@ -299,8 +299,8 @@ def made_up(layers):
 
 def test_only_times_of_one_kind_are_compared():
     graph, eager = ({"graph": a, "eager": dict.fromkeys(TIME, b)} for a, b in ((dict.fromkeys(TIME, 10), 30), (None, 60)))
-    assert bench.speedup(graph, eager) == 0.5 and bench.speedup(eager, graph) == 2 and bench.speedup(graph, graph) == 1
-    assert bench.speedup(graph, None) is bench.speedup(None, graph) is bench.speedup(graph, {"graph": None, "eager": None}) is None
+    assert linears.speedup(graph, eager) == 0.5 and linears.speedup(eager, graph) == 2 and linears.speedup(graph, graph) == 1
+    assert linears.speedup(graph, None) is linears.speedup(None, graph) is linears.speedup(graph, {"graph": None, "eager": None}) is None
 
 
 def test_layer_table_has_the_losing_cells(layers):
@@ -309,7 +309,7 @@ def test_layer_table_has_the_losing_cells(layers):
     assert rows[0][1:6] == ["1", "90.0", "40.0", "2.25x", "2.00x"] and rows[1][1:6] == ["17", "90.0", "190.0", "**0.47x**", "**0.50x**"]
     n = len(layers[1]["layers"])
     assert f"Slower than FP16 in {n} of {2 * n} cells, in bold." in text and "**MADE UP**" in text
-    head, first, *_ = bench.summary(made_up(layers)).splitlines()
+    head, first, *_ = linears.summary(made_up(layers)).splitlines()
     assert head.split() == ["speedup,", "tokens", "1", "17"] and first.split() == ["64", "x", "64", "2.25", "0.47"]
 
 
@@ -353,27 +353,27 @@ def test_one_result_of_each_kind(layers, tmp_path, run_script):
 def test_bad_input_of_the_bench_is_named(capsys):
     for arguments, part in ((("--tokens", "1,x"), "1,x: must be whole numbers"), (("--batch", "0"), "0: must be at least 1")):
         with pytest.raises(SystemExit):
-            bench.parser().parse_args(arguments)
+            linears.parser().parse_args(arguments)
         assert part in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(ValueError, match="--blocks 0: must be at least 1"):
-        bench.main(bench.parser().parse_args(["--block", "--blocks", "0"]))
+        linears.main(linears.parser().parse_args(["--block", "--blocks", "0"]))
     with pytest.raises(OSError, match="--output_path no/such/folder/a.json: cannot write"):
-        bench.main(bench.parser().parse_args(["--output_path", "no/such/folder/a.json"]))
-    done = subprocess.run([sys.executable, "-m", "kernels.bench", "--models", "llama-1t"], cwd=ROOT, capture_output=True, text=True)
+        linears.main(linears.parser().parse_args(["--output_path", "no/such/folder/a.json"]))
+    done = subprocess.run([sys.executable, "-m", "bench.linears", "--models", "llama-1t"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
     assert "llama-1t: no such model; choose from llama-7b" in done.stderr
 
 
-def test_bench_quantize(tmp_path, run_script):
+def test_quantizing(tmp_path, run_script):
     path = tmp_path / "q.json"
     tiny = ("--shape", "tiny-opt", "--blocks", 1, "--nsamples", 2, "--seqlen", 16, "--smooth", "--device", "cpu", "--output_path", path)
-    status, out, err = run_script(bench_quantize, *tiny)
+    status, out, err = run_script(quantizing, *tiny)
     assert status == 0 and not err, err
     report = json.loads(path.read_text())
-    assert report["kind"] == "quantize" and report["note"] == bench_quantize.CPU_NOTE and report["note"] in out
+    assert report["kind"] == "quantize" and report["note"] == quantizing.CPU_NOTE and report["note"] in out
     assert set(report["seconds"]["block"]) == {"smoothing", "statistics", "solving", "propagation", "the rest"}
     a_block = sum(report["seconds"]["block"].values())
     assert report["seconds"]["model"] == pytest.approx(report["seconds"]["capture"] + 2 * a_block)
     assert report["bare_passes"]["passes"] == 3 and report["solver"]["equal_codes"] > 0.99
-    status, _, err = run_script(bench_quantize, "--shape", "llama")
+    status, _, err = run_script(quantizing, "--shape", "llama")
     assert status == 2 and "llama: no such model" in err[0]

@@ -13,19 +13,22 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoint
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evalutils import perplexity
+from conftest import CPU
 from torch import nn
 
 import kernels
-from kernels import build, check, cuda, shapes, tune
-from modelutils import load_model, load_tokenizer, quantize_blocks
+from bench import check, shapes, tune
+from evaluation.perplexity import perplexity
+from formats.checkpoint import Store, open_checkpoint
+from kernels import build, cuda
+from modelutils import load_tokenizer, open_decoder
 from quant import fake_quant_act, find_grid, from_int, to_int
 from recipe import Recipe
+from run.quantize import quantize_blocks
 
 ROOT = Path(__file__).parent.parent
 # Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
@@ -498,7 +501,7 @@ def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
 
 
 def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
-    """kernels.check, on the emulator instead of a GPU: all equal, and not where the kernels compute something else."""
+    """bench.check, on the emulator instead of a GPU: all equal, and not where the kernels compute something else."""
     monkeypatch.setattr(check, "GROUPS", (-1,))
 
     def few(library, device):
@@ -554,23 +557,24 @@ CHECKPOINTS = [
 
 def saved_demo(family, settings, folder):
     """A demo model, quantized and saved, and the first tokens of its held-out text (N,)."""
-    model, tokenizer = load_model(ROOT / "demo" / family), load_tokenizer(ROOT / "demo" / family)
+    decoder, tokenizer = open_decoder(ROOT / "demo" / family), load_tokenizer(ROOT / "demo" / family)
     text = tokenizer((ROOT / "demo" / "data" / "world" / "test.txt").read_text(), return_tensors="pt")["input_ids"][0, :194]
     recipe = Recipe(method="rtn", wbits=4, act_bits=8, nsamples=1, seqlen=8, **settings)
-    with checkpoint.Writer(folder, model, tokenizer, recipe) as writer:
-        for layers, codes in quantize_blocks(model, text[None, :8], recipe):
-            writer.add(layers[0].block, codes)
+    store = Store(decoder, recipe)
+    for _ in quantize_blocks(decoder, text[None, :8], recipe, store):
+        pass
+    store.save(folder, tokenizer)
     return text
 
 
-def same_perplexity(folder, texts, dtype, device="cpu"):
+def same_perplexity(folder, texts, dtype, device=CPU):
     """Whether a model reads texts (N,) and goes on alike by both kernels."""
-    loaded = {kernel: checkpoint.load(folder, dtype, device, kernel) for kernel in ("torch", "cuda")}
+    opened = {kernel: open_checkpoint(folder, dtype, device, kernel) for kernel in ("torch", "cuda")}
     for text in texts:
-        wanted, found = (perplexity(model, text, len(text), device)["ppl"] for model in loaded.values())
+        wanted, found = (perplexity(decoder, text, len(text), device)["ppl"] for decoder in opened.values())
         assert 1 < found < 50 and found == pytest.approx(wanted, rel=1e-3)
     prompt = texts[0][None].to(device)
-    tokens = [model.to(device).generate(prompt, max_new_tokens=2, do_sample=False) for model in loaded.values()]
+    tokens = [decoder.materialize(device).generate(prompt, max_new_tokens=2, do_sample=False) for decoder in opened.values()]
     assert tokens[0].equal(tokens[1])
 
 
@@ -818,9 +822,9 @@ def gpu_check(folder, programs, path, fail, *options):
     [
         ("nothing at all", ["--tune"], []),
         ("kernels.build", [], ["build"]),
-        ("kernels.check --output_path", [], ["check"]),
+        ("bench.check --output_path", [], ["check"]),
         ("-k on_a_gpu", [], ["checkpoint", "solver"]),
-        ("-m kernels.", ["--tune"], ["build", "tune", "check", "memcheck", "racecheck", "bench"]),
+        ("-m bench.", ["--tune"], ["tune", "check", "memcheck", "racecheck", "bench"]),
     ],
 )
 def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
@@ -829,7 +833,7 @@ def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong)
     assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
     assert done.returncode == bool(wrong)
     assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
-    assert f"-m kernels.check --output_path {tmp_path}/results/NVIDIA_A100.json" in calls and calls.count("-m kernels.check --small") == 2
+    assert f"-m bench.check --output_path {tmp_path}/results/NVIDIA_A100.json" in calls and calls.count("-m bench.check --small") == 2
     assert (tmp_path / "results" / "NVIDIA_A100.json").exists() == ("check" not in wrong)
 
 

@@ -9,16 +9,19 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from evalutils import SCHEMA, report
+from conftest import CPU, tiny_model
 
 import main
 import opt
-from modelutils import METHODS, PRESETS, Clock, Layer, make_recipe
-from recipe import Recipe
+from modelutils import decoder_of
+from recipe import METHODS, PRESETS, Recipe
+from run import cli
+from run.pipeline import with_seqlen
+from run.quantize import Layer
+from run.report import SCHEMA, report
+from runtime import Clock
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -70,6 +73,12 @@ def sweep(tmp_path):
     return run
 
 
+def parsed(script, argv, context):
+    """What a command asks for: its Run, and the recipe for a model of that context.  Raises if the method cannot use a setting."""
+    run = cli.parse(cli.make_parser(*script.main.args, **script.main.keywords), argv)
+    return run, with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
+
+
 def test_every_cell_is_a_command_that_opt_takes(sweep, tmp_path):
     done, calls = sweep("--data_dir", "my data")
     assert done.returncode == 0, done.stderr
@@ -79,8 +88,7 @@ def test_every_cell_is_a_command_that_opt_takes(sweep, tmp_path):
     assert len(calls) == len(models) * len(CELLS)
     for script, *argv in calls:
         assert script == str(tmp_path / "my repo/opt.py")
-        args = opt.parser().parse_args(argv)
-        recipe = make_recipe(args, context=2048)  # raises if the method cannot use a setting
+        args, recipe = parsed(opt, argv, 2048)
         cell = Path(args.output_path).stem
         method, _, rest = cell.partition("-")
         assert Path(args.output_path) == out / args.model.removeprefix("facebook/opt-") / f"{cell}.json"
@@ -103,8 +111,7 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
     assert len(calls) == len(models) * len(LLAMA_CELLS)
     for script, *argv in calls:
         assert script == str(tmp_path / "my repo/main.py")
-        args = main.parser().parse_args(argv)
-        recipe = make_recipe(args, context=4096)
+        args, recipe = parsed(main, argv, 4096)
         path = Path(args.output_path)
         assert path.parent == out / args.model.rpartition("/")[2]
         method, _, rest = path.stem.partition("-")
@@ -112,7 +119,7 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
         bits = "w16a16" if method == "full" else rest.removesuffix("-smooth")
         assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}", recipe.smooth) == (method, bits, smooth), path.stem
         assert recipe == Recipe(method, recipe.wbits, recipe.act_bits, smooth=smooth, min=0.01), "everything else as published"
-        assert args.tasks == "piqa,arc_easy,arc_challenge,boolq,copa,storycloze" and args.eval == ""
+        assert args.tasks == ("piqa", "arc_easy", "arc_challenge", "boolq", "copa", "storycloze") and args.corpora == ()
         assert args.data_dir == "my data" and args.batch_size == "auto"
     assert {path.stem for path in (out / "Llama-2-70b-hf").iterdir()} == LLAMA_CELLS
 
@@ -134,9 +141,9 @@ def test_every_cell_of_the_ablation_is_a_command_that_its_script_takes(ablation,
     assert ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w4a16")[1] == [], "all are finished"
     recipes = {}
     for script, *argv in calls:
-        args = {"opt.py": opt, "main.py": main}[Path(script).name].parser().parse_args(argv)
-        cell, recipe = Path(args.output_path).stem, make_recipe(args, context=512)
-        assert args.eval == "choose,report" and recipe.calib_data == "choose" and recipe.nsamples == 64
+        args, recipe = parsed({"opt.py": opt, "main.py": main}[Path(script).name], argv, 512)
+        cell = Path(args.output_path).stem
+        assert args.corpora == ("choose", "report") and recipe.calib_data == "choose" and recipe.nsamples == 64
         if cell == "full":
             continue
         bits, _, name = cell.partition("-")
@@ -228,9 +235,9 @@ def blank():
     """A report of opt.py, of which `results` makes others."""
     calibration = {"corpus": "c4", "split": "train", "source": "hub", "rule": "random", "nsamples": 128, "seqlen": 2048, "seed": 0}
     protocol = {"calibration": calibration, "evaluation": {}}
-    model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), dtype=torch.float16, modules=list)
-    args = SimpleNamespace(model="", device="cpu", walk_batch=1)
-    return report(args, Recipe(), model, protocol, [], {"perplexity": {}, "tasks": {}}, None, [Layer(0, "fc1", 0.5)], Clock("cpu"))
+    found = {"model": "", "protocol": protocol | {"tasks": {}}, "walk_batch": 1, "results": {"perplexity": {}, "tasks": {}}, "full": None}
+    found["layers"] = [Layer(0, "fc1", 0.5)]
+    return report(Recipe(), decoder_of(tiny_model().half()), found, Clock(CPU))
 
 
 @pytest.fixture

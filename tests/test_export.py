@@ -1,0 +1,90 @@
+"""Exports in transformers alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import CPU, WORDS, tiny_model, token_ids, toy_tokenizer
+from safetensors.torch import load_file
+from test_checkpoint import TYPES, recipe, saved, settings_id
+from transformers import AutoModelForCausalLM
+
+import quant
+from formats.checkpoint import load, open_checkpoint
+from formats.export import check_export, export
+from recipe import UsageError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import compare_export  # noqa: E402
+
+IDS = token_ids(4, 16)
+EXPORTED = [
+    *((kind, settings) for kind in TYPES[:3] for settings in ({}, {"groupsize": 16}, {"sym": True})),
+    (TYPES[0], {"smooth": True}),
+    (TYPES[2], {"smooth": True, "act_pertoken": True}),
+    (TYPES[3], {"act_pertoken": True, "groupsize": 16, "sym": True}),
+    (TYPES[4], {"wbits": 8}),
+    (TYPES[0], {"wbits": 3, "groupsize": 16}),
+    (TYPES[2], {"wbits": 3, "sym": True, "act_bits": 6}),
+    (TYPES[1], {"wbits": 5}),
+    (TYPES[2], {"method": "gptq", "act_bits": 16, "groupsize": 32}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), EXPORTED, ids=settings_id)
+def test_transformers_alone_loads_an_export(kind, settings, tmp_path, monkeypatch):
+    store = saved(tmp_path / "saved", tiny_model(*kind), settings)
+    model = store.decoder().materialize(CPU)
+    export(store, tmp_path / "at once", "compressed-tensors", toy_tokenizer())
+    export(open_checkpoint(tmp_path / "saved").source, tmp_path / "exported", "compressed-tensors", toy_tokenizer())
+    weights = [load_file(tmp_path / name / "model-00001-of-00003.safetensors") for name in ("at once", "exported")]
+    assert weights[0].keys() == weights[1].keys() and all(t.equal(weights[1][name]) for name, t in weights[0].items())
+    exported, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32), load(tmp_path / "saved")
+    for ids in (IDS[:1], IDS[1:2, :5]):
+        with torch.no_grad():
+            logits, fake, ours = (m(ids).logits for m in (exported, model, loaded))
+        for expected in (fake, ours):
+            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    # Rounding that moves an activation to the next code is all that is left: in float64 it moves none.
+    monkeypatch.setattr(quant, "fake_quant_act", reference.fake_quant_act)
+    with torch.no_grad():
+        logits, fake = (m.double()(IDS[:1]).logits for m in (exported, model))
+    torch.testing.assert_close(logits, fake, rtol=0, atol=1e-10 * fake.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "parts"),
+    [
+        (TYPES[0], {"groupsize": 24}, ["--groupsize 24", "fc1"]),
+        (TYPES[0], {"act_pertoken": True}, ["fc1, fc2", "--act_pertoken"]),
+        (TYPES[1], {"smooth": True}, ["q_proj", "fc1", "--no-smooth"]),
+        (TYPES[0], {"method": "act_only", "wbits": 16}, ["act_only"]),
+    ],
+    ids=str,
+)
+def test_what_the_format_cannot_say(kind, settings, parts):
+    with pytest.raises(UsageError) as e:
+        check_export("compressed-tensors", recipe(**settings), tiny_model(*kind).config)
+    assert all(part in str(e.value) for part in parts), e.value
+
+
+def test_comparing_an_export(run_script, tmp_path):
+    """The script finds no difference in an export, and every difference in one of another model."""
+    folders = {seed: (tmp_path / f"saved {seed}", tmp_path / f"exported {seed}") for seed in (0, 1)}
+    for seed, (folder, exported) in folders.items():
+        store = saved(folder, tiny_model("llama", "grouped", seed))
+        export(store, exported, "compressed-tensors", toy_tokenizer())
+    rows = [{"text": " ".join(WORDS[10 + k : 20 + k]), "choices": [WORDS[4 + k], " ".join(WORDS[40 + k : 43 + k])]} for k in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"task": "toy", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "rows.jsonl")}}}
+    task |= {"validation_split": "validation", "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    task |= {"doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}", "doc_to_target": 0}
+    (tmp_path / "toy.yaml").write_text(json.dumps(task))
+    arguments = ("--tasks", tmp_path / "toy.yaml", "--runs", 1)
+    status, out, _ = run_script(compare_export, *folders[0], *arguments)
+    assert status == 0 and "no answer differs" in out and "10 log-likelihoods differ by 0.0e+00" in out
+    status, out, _ = run_script(compare_export, folders[0][0], folders[1][1], *arguments, "--no-float64")
+    assert status == 1 and "NO NEAR TIE" in out and "float64" not in out
