@@ -24,7 +24,7 @@ from quant import find_grid
 from recipe import METHODS, Recipe
 from run.cli import Parser, positive
 from run.quantize import quantize_blocks
-from runtime import Clock, find_device, write_json
+from runtime import Clock, Place, find_device, write_json
 from tests import reference
 
 SCHEMA = 1
@@ -73,12 +73,16 @@ def main(args):
     bare_passes(decoder, ids[:batch], batch, device, passes)  # the first call of everything is slow
     _, bare = clocked(device, partial(bare_passes, decoder, ids, batch, device, passes))
     first = random_decoder(args.shape, 1, recipe.seqlen, device)
-    list(quantize_blocks(first, ids[:batch], recipe, Store(first, recipe), device, batch))  # the same: kernels are compiled
+    list(
+        quantize_blocks(first, ids[:batch], recipe, Store(first, recipe), Place(device, "device"), batch)
+    )  # the same: kernels are compiled
     del first
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     clock = Clock(device)
-    _, whole = clocked(device, lambda: list(quantize_blocks(decoder, ids, recipe, Store(decoder, recipe), device, batch, clock)))
+    _, whole = clocked(
+        device, lambda: list(quantize_blocks(decoder, ids, recipe, Store(decoder, recipe), Place(device, "device"), batch, clock))
+    )
     capture, by_block = clock.seconds["capture"], {name: clock.seconds[name] / blocks for name in ACTIVITIES if name in clock.seconds}
     by_block["the rest"] = (whole - capture) / blocks - sum(by_block.values())
     report = {

@@ -18,7 +18,7 @@ from formats.resume import ResumableStore, abbreviate, describe_config, differen
 from formats.shards import new_folder
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
 from recipe import Recipe, UsageError
-from run.quantize import quantize_blocks
+from run.quantize import calibration_place, quantize_blocks
 from run.report import report, show
 from runtime import Clock, find_device, release, write_json
 
@@ -210,7 +210,9 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
             store = ResumableStore(decoder, recipe, run.checkpoint_dir, identity)
         else:
             store = Store(decoder, recipe, partial)
-        for done in quantize_blocks(decoder, ids, recipe, store, clock.device, walk_batch, clock):
+        place = calibration_place(decoder, ids, recipe, clock.device)
+        print(f"calibration sequences are kept {place}")
+        for done in quantize_blocks(decoder, ids, recipe, store, place, walk_batch, clock):
             errors = (f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
             tqdm.write(f"block {done[0].block}: output errors  " + "  ".join(errors))
             layers += done

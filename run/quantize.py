@@ -159,14 +159,15 @@ class BlockQuantizer:
 
 
 @torch.no_grad()
-def quantize_blocks(decoder, ids, recipe, store, device=None, walk_batch=1, clock=None):
+def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock=None):
     """Quantize the blocks of a Decoder, one at a time, first to last, into a store: yields [Layer] of each.
 
     ids (n, T): calibration sequences.  The inputs of a block come from the quantized blocks before it.  store: a formats.checkpoint.Store,
-    which gets every block and gives back those that it has.  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
+    which gets every block and gives back those that it has.  place: where the sequences are kept, and the device that works (None: of
+    calibration_place on a CPU).  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
-    device = device or torch.device("cpu")
-    clock = clock or Clock(device)
+    place = place or calibration_place(decoder, ids, recipe, torch.device("cpu"))
+    clock = clock or Clock(place.device)
     for i in range(store.finished):
         yield [Layer(**layer) for layer in store.layers[i]]
     if store.finished == len(decoder):
@@ -174,11 +175,11 @@ def quantize_blocks(decoder, ids, recipe, store, device=None, walk_batch=1, cloc
     if METHODS[recipe.method].stats is None and not recipe.smooth and not recipe.bias_correction:
         ids = ids[:1]  # nothing to learn from the others: the first is for the errors
     with clock("capture"):
-        sequences = decoder.embed(ids.split(walk_batch), calibration_place(decoder, ids, recipe, device))
+        sequences = decoder.embed(ids.split(walk_batch), place)
     streams = [sequences, Stream(sequences, recipe.target_mix)] if recipe.target == "stream" else [sequences]
     if store.finished:
         store.restore_inputs(streams)
-    for i, block in decoder.visits(device, f"quantizing ({recipe.method})", store.finished):
+    for i, block in decoder.visits(place.device, f"quantizing ({recipe.method})", store.finished):
         layers, made = BlockQuantizer(i, block, sequences, decoder, recipe, clock).run(*streams[1:])
         with clock("writing"):
             store.put(i, made, [asdict(layer) for layer in layers], streams)

@@ -133,7 +133,7 @@ CPU = torch.device("cpu")
 def quantize(model, ids, recipe, walk_batch=1, store=None):
     """Quantize a transformers model: the quantized one, whole, the Store of its blocks, and [Layer]."""
     store = store or Store(decoder_of(model), recipe)
-    layers = [layer for block in quantize_blocks(store.original, ids, recipe, store, CPU, walk_batch) for layer in block]
+    layers = [layer for block in quantize_blocks(store.original, ids, recipe, store, walk_batch=walk_batch) for layer in block]
     return store.decoder().materialize(CPU), store, layers
 
 

@@ -88,17 +88,7 @@ def test_files_and_functions_are_small(path):
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_only_the_command_line_names_a_run(path):
     """Everything else takes what it needs."""
-    allowed = {"run/cli.py", "run/pipeline.py"}
-    assert name(path) in allowed or "run.cli.Run" not in set(imported(path.read_text()))
-    assert (
-        name(path) in allowed | {"main.py", "opt.py"}
-        or "bench" in path.parts
-        or "run.cli" not in map(room_file, imported(path.read_text()))
-    )
-
-
-def room_file(module):
-    return ".".join(module.split(".")[:2])
+    assert name(path) in ("run/cli.py", "run/pipeline.py") or "run.cli.Run" not in set(imported(path.read_text()))
 
 
 @pytest.mark.parametrize(

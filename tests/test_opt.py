@@ -66,7 +66,7 @@ def test_perplexity_is_the_published_codes(case, full, ids, texts):
     decoder, recipe = full, asked_for(case["args"])
     if recipe.method != "full":
         store = Store(full, recipe)
-        for _ in quantize_blocks(full, ids, recipe, store, CPU, WALK_BATCH):
+        for _ in quantize_blocks(full, ids, recipe, store, walk_batch=WALK_BATCH):
             pass
         decoder = store.decoder()
     for corpus in ("c4", "wikitext2") if case["args"] in ON_WIKITEXT2 else ("c4",):

@@ -325,7 +325,7 @@ def test_a_block_read_from_the_store_is_the_block_that_was_finished(model, recip
     """Bit for bit: what is measured is what is saved."""
     kept, store = FinishedBlocks(decoder_of(model), recipe), Store(decoder_of(model), recipe)
     for each in (kept, store):
-        list(quantize_blocks(each.original, IDS, recipe, each, CPU, 2))
+        list(quantize_blocks(each.original, IDS, recipe, each, walk_batch=2))
     for i, made in kept.blocks.items():
         finished, read = made.block.state_dict(), store.decoder().block(i).state_dict()
         assert finished.keys() == read.keys()

@@ -31,7 +31,7 @@ def run(folder=None, wbits=4, walk_batch=2, kind=TYPES[0], ids=IDS, model=None, 
     if folder:
         store = ResumableStore(decoder, chosen, folder, run_identity(decoder, ids, chosen, CPU, walk_batch))
     digest, finished = sha256(), store.finished
-    for layers in quantize_blocks(decoder, ids, chosen, store, CPU, walk_batch):
+    for layers in quantize_blocks(decoder, ids, chosen, store, walk_batch=walk_batch):
         digest.update(repr(layers).encode())
     for i in range(len(decoder)):
         for name, t in sorted(store.decoder().block(i).state_dict().items()):

@@ -156,7 +156,7 @@ def test_one_block_at_a_time_is_in_memory(monkeypatch, source):
         return built
 
     monkeypatch.setattr(Decoder, "block", block)
-    assert len(list(quantize_blocks(decoder, IDS, recipe, store, CPU, 2))) == 5
+    assert len(list(quantize_blocks(decoder, IDS, recipe, store, walk_batch=2))) == 5
     if source == "store":
         most.clear()
         perplexity(store.decoder(), IDS.flatten(), 48, CPU, 2)
