@@ -60,7 +60,7 @@ for tool in memcheck racecheck; do
   fi
 done
 
-for name in checkpoint:kernels solver:span; do
+for name in checkpoint:cuda solver:span; do
   file=tests/test_${name#*:}.py
   if "$PYTHON" -m pytest --collect-only -q "$file" > /dev/null 2>&1; then
     step "${name%:*}" "$PYTHON" -m pytest -q "$file" -k on_a_gpu

@@ -1,0 +1,256 @@
+"""How the CUDA kernels are built, and what nvcc makes of them; scripts/gpu_check.sh with stand-ins for its programs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import activations, prepared
+
+import kernels
+from bench import check, tune
+from kernels import build, cuda
+
+ROOT = Path(__file__).parent.parent
+
+# ---------------------------------------------------------------------------
+# Building
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    """An nvcc that takes a moment, notes its calls and writes a file; $XDG_CACHE_HOME is empty."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "release $RELEASE" && exit\necho called >> "$CALLS"\nsleep 0.2\n'
+        '[ -n "$FAIL" ] && echo "w4a8.cu(1): error: $FAIL" >&2 && exit 1\n'
+        'while [ "$1" != -o ]; do shift; done\necho library > "$2"\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("RELEASE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "calls").touch()
+    return lambda: len((tmp_path / "calls").read_text().splitlines())
+
+
+def test_library_is_built_once(fake_nvcc, monkeypatch):
+    """Once for all threads that want it at the same time; again for another architecture, compiler or source."""
+    threads = [threading.Thread(target=build.build, args=("80",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first = build.build("80")
+    assert fake_nvcc() == 1 and first.read_text() == "library\n" and first.parent.parent == build.cache_folder()
+    assert build.build("90") != first and fake_nvcc() == 2
+    monkeypatch.setenv("RELEASE", "2")
+    assert build.build("80") != first and fake_nvcc() == 3
+    monkeypatch.setattr(build, "SOURCES", build.SOURCES[1:])
+    build.build("80")
+    assert fake_nvcc() == 4
+    monkeypatch.setattr(build.platform, "machine", lambda: "another")
+    build.build("80")
+    assert fake_nvcc() == 5
+
+
+def test_failed_build_says_why_and_leaves_nothing(fake_nvcc, monkeypatch):
+    monkeypatch.setenv("FAIL", "identifier is undefined")
+    with pytest.raises(build.BuildError, match=r"/nvcc failed for -arch=sm_80: w4a8.cu\(1\): error: identifier is undefined"):
+        build.build("80")
+    assert not list(build.cache_folder().glob("*/*.so"))
+    assert [log.read_text() for log in build.cache_folder().glob("*/build.log")] == ["w4a8.cu(1): error: identifier is undefined\n"]
+    for arch in ("75", "8.0", "sm_80", ""):
+        with pytest.raises(build.BuildError, match=f"compute capability {arch}: must be 80 or more"):
+            build.build(arch)
+    monkeypatch.setattr(build.os, "access", lambda *_: False)
+    with pytest.raises(build.BuildError, match="no nvcc in .*: install the CUDA toolkit, or choose --kernel torch"):
+        build.build("80")
+
+
+def test_a_cache_that_cannot_be_written_is_named(fake_nvcc, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match=r"file/awrq/\w+: cannot be written \(.*\); set XDG_CACHE_HOME"):
+        build.build("80")
+
+
+def test_library_of_something_else_is_not_loaded(tmp_path):
+    (tmp_path / "libawrq.so").write_text("not a library")
+    with pytest.raises(build.BuildError, match="cannot be loaded .*: delete it"):
+        cuda.bind(tmp_path / "libawrq.so")
+
+
+def python(*args, **env):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_import_builds_nothing(tmp_path):
+    done = python("-c", "import sys, kernels; sys.exit('kernels.build' in sys.modules)", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_that_there_is_none():
+    for main in (check.main, tune.main):
+        with pytest.raises(ValueError, match="no GPU: PyTorch finds none here"):
+            main(None)
+    for args, message in (((), "PyTorch finds no GPU here"), (("--fast",), "--fast: the only option is --tune")):
+        env = os.environ | {"PYTHON": sys.executable}
+        done = subprocess.run(["bash", "scripts/gpu_check.sh", *args], cwd=ROOT, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stderr) == (2, f"gpu_check.sh: {message}\n")
+
+
+PROGRAMS = {  # of a machine with a GPU, where what $FAIL says goes wrong
+    "python": """#!/bin/sh
+[ "$1" = - ] && cat > /dev/null && echo "80 NVIDIA A100" && exit
+echo "$*" >> "$CALLS"
+case "$*" in
+  *$FAIL*) exit 3 ;;
+  *--output_path*) while [ "$1" != --output_path ]; do shift; done; echo {} > "$2" ;;
+esac
+""",
+    "compute-sanitizer": """#!/bin/sh
+while [ "$1" != "$PYTHON" ]; do shift; done
+"$@"
+""",
+}
+
+
+def gpu_check(folder, programs, path, fail, *options):
+    """scripts/gpu_check.sh on some programs of a folder, which only note that they were called: how it ended, {step: result}, the calls."""
+    for name in programs:
+        (folder / name).write_text(PROGRAMS[name])
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:{path}", "PYTHON": f"{folder}/python", "CUDA_HOME": f"{folder}", "OUT": f"{folder}/results"}
+    env |= {"CALLS": f"{folder}/calls", "FAIL": fail}
+    done = subprocess.run(["bash", "scripts/gpu_check.sh", *options], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    steps = json.loads((folder / "results" / "NVIDIA_A100_steps.json").read_text())
+    assert (steps["gpu"], steps["arch"]) == ("NVIDIA A100", "80") and done.stderr == ""
+    return done, {step["step"]: step["result"] for step in steps["steps"]}, (folder / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fail", "options", "wrong"),
+    [
+        ("nothing at all", ["--tune"], []),
+        ("kernels.build", [], ["build"]),
+        ("bench.check --output_path", [], ["check"]),
+        ("-k on_a_gpu", [], ["checkpoint", "solver"]),
+        ("-m bench.", ["--tune"], ["tune", "check", "memcheck", "racecheck", "bench"]),
+    ],
+)
+def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
+    done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], fail, *options)
+    names = ["build", *(["tune"] if options else []), "check", "memcheck", "racecheck", "checkpoint", "solver", "bench"]
+    assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
+    assert done.returncode == bool(wrong)
+    assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
+    assert f"-m bench.check --output_path {tmp_path}/results/NVIDIA_A100.json" in calls and calls.count("-m bench.check --small") == 2
+    assert (tmp_path / "results" / "NVIDIA_A100.json").exists() == ("check" not in wrong)
+
+
+def test_gpu_check_skips_what_is_not_there(tmp_path):
+    for tool in ("bash", "sh", "cat", "dirname", "mkdir"):  # all that is on the PATH
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
+    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists"
+    wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "solver": skipped, "bench": "ok"}
+    assert done.returncode == 0 and steps == wanted and "on_a_gpu" not in calls
+
+
+def test_build_command(fake_nvcc):
+    done = python("-m", "kernels.build", "--arch", "80,90,70")
+    assert fake_nvcc() == 2
+    assert re.fullmatch(r"sm_80: \S+/libawrq_sm80.so \(.* s\)\nsm_90: \S+/libawrq_sm90.so \(.* s\)\n", done.stdout)
+    *compiling, error = done.stderr.splitlines()
+    assert compiling == ["kernels: compiling libawrq_sm80.so, once", "kernels: compiling libawrq_sm90.so, once"]
+    assert done.returncode == 2 and error.startswith("python -m kernels.build: error: compute capability 70: must be 80 or more")
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """{architecture: its library} of nvcc, both compiled at the same time."""
+    try:
+        build.find_nvcc()
+    except build.BuildError as e:
+        pytest.skip(str(e))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        started = [subprocess.Popen([sys.executable, "-m", "kernels.build", "--arch", arch], cwd=ROOT) for arch in ("80", "90")]
+        assert [process.wait() for process in started] == [0, 0]
+        return {arch: build.build(arch) for arch in ("80", "90")}
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_no_kernel_spills_registers(compiled, arch):
+    log = (compiled[arch].parent / "build.log").read_text()
+    report = re.findall(
+        r"Compiling entry function '(\S+)'.*\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    assert len(report) == 23  # 9 tile kernels, 8 decoding kernels, 2 of quantization for 3 types
+    assert {name: numbers for name, *numbers in report if numbers != ["0", "0", "0"]} == {}
+    assert "warning" not in log
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_machine_code_is_what_was_meant(compiled, arch):
+    """Integer tensor cores on unsigned bytes, fed by loads of 16 bytes, nothing in local memory."""
+    tools = [str(folder) for folder in Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin")]
+    path = os.pathsep.join((*tools, os.environ["PATH"], "/usr/local/cuda/bin"))
+    if not (shutil.which("cuobjdump", path=path) and shutil.which("nvdisasm", path=path)):
+        pytest.skip("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    done = subprocess.run(
+        ["cuobjdump", "--dump-sass", compiled[arch]], capture_output=True, text=True, env=os.environ | {"PATH": path}, check=True
+    )
+    functions = done.stdout.split("Function : ")[1:]
+    assert len(functions) == 23
+    for function in functions:
+        name = function.split()[0]
+        assert not re.search(r"\b(LDL|STL)\b", function), name
+        if "tile_kernel" in name or "decode_kernel" in name:
+            assert "IMMA.16832.U8.U8" in function, name
+        if "tile_kernel" in name:
+            assert re.search(r"LDGSTS\.E\.BYPASS\S*\.128", function) and "LDSM.16.M88.4" in function, name
+        if "decode_kernel" in name:
+            assert re.search(r"LDG\.E\S*\.128", function), name
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_library_without_a_gpu_says_so(compiled, arch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    library, x, weight = cuda.bind(compiled[arch]), activations(1, 2, 64), prepared(32, 64)
+
+    def empty(size):
+        memory = torch.empty(size + 256, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % 256 :]
+
+    for config in ("decode_fused", "decode", "128x64"):
+        with pytest.raises(RuntimeError, match=f"{config}: CUDA: .*(driver|device)"):
+            cuda.launch(library, x, x.new_empty(1, 2, 32), weight, 8, False, None, config, 1, None, empty)
+
+
+def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, monkeypatch):
+    """As with a driver older than nvcc: on a machine without any driver CUDA says the same."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(cuda, "build", compiled.get)
+    gpu = torch.device("cuda", 0)
+    wrong = r"libawrq_sm80.so does not run on this GPU \(CUDA driver version is insufficient .*\): update its driver"
+    with pytest.raises(ValueError, match=f"--kernel cuda: .*{wrong}"):
+        kernels.select("cuda", gpu)
+    kernel, line = kernels.select("auto", gpu)
+    assert kernel == "torch" and re.search(wrong, line)

@@ -1,0 +1,440 @@
+"""The CUDA kernels' own code, which an emulator runs on a CPU, equals the op; which of them runs when; what checks and tunes them."""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from test_kernels import activations, prepared
+
+import kernels
+from bench import check, shapes, tune
+from evaluation.perplexity import perplexity
+from formats.checkpoint import Store, open_checkpoint
+from kernels import build, cuda
+from modelutils import load_tokenizer, open_decoder
+from recipe import Recipe
+from run.quantize import quantize_blocks
+
+ROOT = Path(__file__).parent.parent
+# Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
+UNDEFINED = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+
+# ---------------------------------------------------------------------------
+# The CUDA kernels' own code, on a CPU
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The kernels' library, compiled by g++ with tests/emulator/ptx.cuh in the place of kernels/ptx.cuh."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++, which compiles the kernels for the emulator")
+    folder = tmp_path_factory.mktemp("emulated")
+    for source in build.SOURCES:
+        shutil.copy(source, folder)
+    shutil.copy(ROOT / "tests" / "emulator" / "ptx.cuh", folder)
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", *UNDEFINED)
+    done = subprocess.run(["g++", "-x", "c++", *flags, "-o", "libawrq.so", "w4a8.cu"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = cuda.bind(folder / "libawrq.so")
+    library.emulator_memory.restype, library.emulator_memory.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
+    return library
+
+
+def guarded(library, tensor, align=16):
+    """A copy at whose end (but for `align`) begins memory that must not be touched."""
+    size = tensor.numel() * tensor.element_size()
+    memory = (ctypes.c_uint8 * (size + 1)).from_address(library.emulator_memory(size, align))  # one more, as PyTorch takes no empty buffer
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def emulate(library, x, weight, config, parts, bits=8, per_token=False, lengths=None, reverse=False, eager=False):
+    """y of one configuration.  All it reads ends at a guard; the workspace and y start as garbage."""
+    weight = kernels.Weight(*(guarded(library, v) if isinstance(v, torch.Tensor) else v for v in weight))
+    y = guarded(library, torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype))
+    lengths = None if lengths is None else guarded(library, lengths.int(), 4)
+    library.emulator_settings(reverse, eager)
+
+    def empty(size):
+        return guarded(library, torch.full((size,), 255, dtype=torch.uint8), 256)
+
+    return cuda.launch(library, guarded(library, x), y, weight, bits, per_token, lengths, config, parts, None, empty)
+
+
+def assert_equal_to_op(y, x, weight, *settings):
+    """Bit for bit for whole rows; for groups, whose float32 sums may be fused and split, within their rounding."""
+    wanted = kernels.w4a8_linear(x, weight, *settings)
+    if weight.groupsize == weight.columns:
+        assert torch.equal(y, wanted)
+    else:
+        bound = 2 * torch.finfo(x.dtype).eps * wanted.float().abs() + 4 * 2**-24 * wanted.float().abs().amax()
+        assert ((y.float() - wanted.float()).abs() <= bound).all()
+
+
+def most_tokens(config):
+    return 16 if config.startswith("decode") else 200
+
+
+@pytest.mark.parametrize("reverse_eager", [(False, False), (True, True), (True, False)], ids=["", "reverse-eager", "reverse"])
+@pytest.mark.parametrize(
+    ("config", "groupsize"), [(config, g) for config in cuda.CONFIGS for g in (-1, 128, 64) if (config, g < 0) != ("256x128", False)]
+)
+def test_kernels_equal_op(emulated, config, groupsize, reverse_eager):
+    """Every configuration: types, per sequence and token, padded columns, rows and sequences, split and not, whichever warp is first."""
+    R = 250 if config == "256x128" else 104
+    cases = [
+        (activations(2, 5, 256, torch.float16), 8, False, None),
+        (activations(1, 3, 200, torch.bfloat16), 8, True, None),
+        (activations(3, 4, 328, torch.float32), 6, False, torch.tensor([4, 2, 0])),
+        (activations(9, 1, 130, torch.float16), 8, False, torch.tensor([1] * 8 + [0])),
+    ]
+    for i, (x, *settings) in enumerate(cases):
+        weight = prepared(R - (i == 1), x.shape[2], groupsize)
+        parts = 1 if config == "decode_fused" or i % 2 else 2
+        y = emulate(emulated, x, weight, config, parts, *settings, *reverse_eager)
+        assert_equal_to_op(y, x, weight, *settings)
+
+
+@pytest.mark.parametrize("config", cuda.CONFIGS)
+def test_kernels_mask_every_number_of_tokens(emulated, config):
+    n, m = cuda.CONFIGS[config]
+    weight = prepared(256 if n == 256 else 40, 64)
+    for tokens in sorted({t for edge in (1, 8, m) for t in (edge - 1, edge, edge + 1) if 0 < t <= most_tokens(config)}):
+        x = activations(1, tokens, 64, torch.float16, seed=tokens)
+        y = emulate(emulated, x, weight, config, 1)
+        assert_equal_to_op(y, x, weight)
+
+
+def test_kernels_find_every_tile(emulated):
+    """More than eight tiles of tokens, so that the raster has a full group and a rest; rows that are no multiple of 128."""
+    weight, x = prepared(300, 64), activations(1, 16 * 19 - 3, 64, torch.float16)
+    assert_equal_to_op(emulate(emulated, x, weight, "128x16", 1), x, weight)
+
+
+def test_kernels_split_into_uneven_parts(emulated):
+    """More parts than divide the columns evenly, more stages than a part has blocks, long rows for the decoding warps."""
+    for config, columns, parts, groupsize in (
+        ("128x16", 448, 5, -1),
+        ("decode", 4416, 3, -1),
+        ("decode", 1600, 4, 128),
+        ("128x32", 1600, 4, 192),
+    ):
+        weight, x = prepared(32, columns, groupsize), activations(1, 9, columns, torch.bfloat16)
+        assert_equal_to_op(emulate(emulated, x, weight, config, parts), x, weight)
+
+
+@pytest.mark.parametrize("config", ["decode_fused", "128x16"])
+def test_kernels_keep_the_largest_sums(emulated, config):
+    """K = 36,864, all codes at their largest: the sums of the high nibbles pass 2^31."""
+    q = torch.full((32, 36864), 15, dtype=torch.uint8)
+    weight = kernels.prepare(q, torch.ones(32, 1), torch.zeros(32, 1))
+    y = emulate(emulated, torch.full((1, 1, 36864), 255.0), weight, config, 1)
+    assert (y == np.float32(36864 * 15 * 255)).all()
+
+
+@pytest.mark.parametrize("config", ["decode_fused", "decode"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_kernels_pass_on_what_is_not_finite(emulated, config, value):
+    x = activations(2, 3, 64)
+    x[1, 1, 5] = value
+    y = emulate(emulated, x, prepared(32, 64), config, 1)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_kernels_refuse_what_they_cannot_take(emulated):
+    """Every check of the launcher, by a call that is right but for one field."""
+    memory = guarded(emulated, torch.zeros(1 << 16, dtype=torch.uint8), 256).data_ptr()
+    good = dict.fromkeys(("x", "weight", "scale", "zero", "colsum", "bias", "y", "workspace"), memory)
+    good |= {"workspace_bytes": 1 << 16, "B": 1, "T": 4, "K": 128, "N": 32, "groupsize": 128, "levels": 255}
+    good |= {"config": 1, "splits": 1, "steps": 3}
+    assert emulated.awrq_linear(ctypes.byref(cuda.Call(**good))) == 0
+    fused = cuda.CONFIG_NUMBERS["decode_fused"]
+    wide = cuda.CONFIG_NUMBERS["256x128"]
+    for changes, message in (
+        ({"x": None}, "x is null"),
+        ({"x": memory + 8}, "x is null or not aligned to 16"),
+        *(({name: memory + 4}, f"{name} is null or not aligned to 16") for name in ("scale", "zero", "colsum", "bias")),
+        ({"weight": memory + 8}, "packed is null or not aligned to 16"),
+        ({"y": memory + 2}, "y is null or not aligned"),
+        ({"lengths": memory + 2}, "lengths is not aligned to 4"),
+        ({"type": 3}, "float16, bfloat16 or float32"),
+        ({"B": 0}, "B and T"),
+        ({"B": 1 << 19}, "B and T"),
+        ({"K": 65537, "groupsize": 65537}, "K must be"),
+        ({"N": 0}, "N 1 to 1048576"),
+        ({"N": (1 << 20) + 1}, "N 1 to 1048576"),
+        ({"groupsize": 32}, "multiple of 64"),
+        ({"groupsize": 256}, "multiple of 64"),
+        ({"K": 4096, "groupsize": 2048}, "at most 1024"),
+        ({"levels": 254}, "act_bits"),
+        ({"config": len(cuda.CONFIGS)}, "no such kernel"),
+        ({"T": 17}, "at most 16 tokens"),
+        ({"config": fused, "T": 16, "K": 8192, "groupsize": 8192}, "99 KiB"),
+        ({"config": fused, "splits": 2}, "does not split"),
+        ({"config": wide}, "multiple of 256"),
+        ({"config": wide, "N": 256, "groupsize": 64}, "one scale"),
+        ({"splits": 0}, "splits"),
+        ({"splits": 3}, "splits"),
+        ({"steps": 0}, "steps must be 1 to 3"),
+        ({"steps": 4}, "steps must be 1 to 3"),
+        ({"steps": 2, "config": fused}, "quantizes as it multiplies"),
+        ({"workspace": None}, "workspace"),
+        ({"workspace": memory + 8}, "workspace"),
+        ({"workspace_bytes": 100}, "workspace"),
+    ):
+        code = emulated.awrq_linear(ctypes.byref(cuda.Call(**good | changes)))
+        assert code < 0 and message in emulated.awrq_error(code).decode(), (changes, code)
+    with pytest.raises(ValueError, match=r"x \(1, 17, 64\), weight \(32, 64\), groupsize 64, decode: this configuration takes at most 16"):
+        emulate(emulated, activations(1, 17, 64), prepared(32, 64), "decode", 1)
+
+
+@pytest.mark.parametrize("name", ["x", "packed", "scale", "zero", "colsum", "bias"])
+def test_a_tensor_off_its_alignment_is_named(emulated, name):
+    """As a slice of a larger tensor can be: right but for its address."""
+    tensors = {"x": activations(1, 3, 64, torch.float16)} | prepared(32, 64)._asdict()
+    size = tensors[name].element_size()
+    shifted = guarded(emulated, torch.cat((tensors[name].flatten(), tensors[name].flatten()[:1])))[1:]
+    assert shifted.data_ptr() % 16 == size
+    tensors[name] = shifted.view(tensors[name].shape).copy_(tensors[name])
+    x, y, weight = tensors.pop("x"), torch.empty(1, 3, 32, dtype=torch.float16), kernels.Weight(**tensors)
+    with pytest.raises(ValueError, match=f"decode: {name} is null or not aligned to 16 bytes"):
+        cuda.launch(
+            emulated, x, y, weight, 8, False, None, "decode", 1, None, lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256)
+        )
+
+
+def test_the_largest_call_is_counted_right(emulated):
+    """2^20 tokens and 2^20 rows, more bytes and tiles than 31 bits count, and the longest rows: the workspace is the sum of its parts."""
+    tokens = rows = 1 << 20
+    for config, (n, m) in list(cuda.CONFIGS.items())[2:]:
+        for columns, parts in ((64, 1), (kernels.MAX_COLUMNS, 64)):
+            call = cuda.Call(
+                B=1, T=tokens, K=columns, N=rows, groupsize=columns, levels=255, config=cuda.CONFIG_NUMBERS[config], splits=parts, steps=3
+            )
+            codes, sums, scale, zero, ranges = tokens * columns, 4 * tokens, 4 * tokens, 4 * tokens, 8 * 1024
+            tiles = (rows // n) * (tokens // m)
+            split = tiles * parts * n * m * 4 + tiles * 4 if parts > 1 else 0
+            assert emulated.awrq_workspace(ctypes.byref(call)) == codes + sums + scale + zero + ranges + split
+
+
+@pytest.mark.parametrize(("config", "parts"), [("decode", 3), ("128x16", 3), ("128x64", 1)])
+def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
+    """What the benchmark does to time the product alone: quantize once, multiply again and again."""
+    x, weight = activations(1, 5, 256, torch.float16), prepared(104, 256)
+    memory = guarded(emulated, torch.full((1 << 20,), 255, dtype=torch.uint8), 256)
+    x, weight = guarded(emulated, x), kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in weight))
+    for steps in (cuda.QUANTIZE, cuda.MULTIPLY, cuda.MULTIPLY):
+        y = guarded(emulated, torch.full((1, 5, 104), float("nan"), dtype=x.dtype))
+        cuda.launch(emulated, x, y, weight, 8, False, None, config, parts, None, lambda n: memory, steps)
+        assert y.isnan().all() if steps == cuda.QUANTIZE else torch.equal(y, kernels.w4a8_linear(x, weight))
+
+
+def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
+    """bench.check, on the emulator instead of a GPU: all equal, and not where the kernels compute something else."""
+    monkeypatch.setattr(check, "GROUPS", (-1,))
+
+    def few(library, device):
+        yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
+
+    (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
+    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
+
+    def broken(library, device):
+        yield "one case", True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
+    assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
+    assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out
+    monkeypatch.setattr(check, "poisoned", lambda *args, poisoned=check.poisoned: poisoned(*args).neg_())
+    (wrong,) = check.run_checks((few,), emulated, torch.device("cpu"))
+    assert len(wrong["wrong"]) == wrong["cases"] and "WRONG, as ['decode_fused / 1, 2x5" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------
+# A packed checkpoint
+
+
+@pytest.fixture
+def stand_in(emulated, monkeypatch):
+    """The op's CUDA implementation, for tensors in host memory: the configurations that the emulator ran."""
+    launched = []
+
+    def launch(library, x, y, weight, bits, per_token, lengths, config, *how, launch=cuda.launch):
+        launched.append(config)
+        return launch(library, x, y, weight, bits, per_token, lengths, config, *how)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "library", lambda device: emulated)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="emulator", multi_processor_count=4))
+    emulated.emulator_settings(False, False)
+    override = torch.library.Library("awrq", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, that this overrides
+        override.impl("w4a8_linear", kernels._cuda_linear, "CPU", allow_override=True)
+    yield launched
+    override._destroy()
+    cuda.dispatch.cache_clear()
+
+
+CHECKPOINTS = [
+    ("opt", {}, "float16"),
+    ("llama", {"groupsize": 64, "act_pertoken": True}, "bfloat16"),
+]
+
+
+def saved_demo(family, settings, folder):
+    """A demo model, quantized and saved, and the first tokens of its held-out text (N,)."""
+    decoder, tokenizer = open_decoder(ROOT / "demo" / family), load_tokenizer(ROOT / "demo" / family)
+    text = tokenizer((ROOT / "demo" / "data" / "world" / "test.txt").read_text(), return_tensors="pt")["input_ids"][0, :194]
+    recipe = Recipe(method="rtn", wbits=4, act_bits=8, nsamples=1, seqlen=8, **settings)
+    store = Store(decoder, recipe)
+    for _ in quantize_blocks(decoder, text[None, :8], recipe, store):
+        pass
+    store.save(folder, tokenizer)
+    return text
+
+
+def same_perplexity(folder, texts, dtype, device=CPU):
+    """Whether a model reads texts (N,) and goes on alike by both kernels."""
+    opened = {kernel: open_checkpoint(folder, dtype, device, kernel) for kernel in ("torch", "cuda")}
+    for text in texts:
+        wanted, found = (perplexity(decoder, text, len(text), device)["ppl"] for decoder in opened.values())
+        assert 1 < found < 50 and found == pytest.approx(wanted, rel=1e-3)
+    prompt = texts[0][None].to(device)
+    tokens = [decoder.materialize(device).generate(prompt, max_new_tokens=2, do_sample=False) for decoder in opened.values()]
+    assert tokens[0].equal(tokens[1])
+
+
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, settings, dtype, tmp_path):
+    """From the file to the perplexity through all that runs on a GPU, but that an emulator runs the kernels."""
+    text = saved_demo(family, settings, tmp_path / "saved")
+    same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
+    assert set(stand_in) == {"decode_fused", "128x64"}
+
+
+def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
+    """Its own stream, and its own memory, of whichever of several GPUs was current before."""
+    current = []
+
+    @contextmanager
+    def device(which):
+        current.append(which)
+        yield
+        current.pop()
+
+    def stream():
+        assert current == [x.device]
+        return SimpleNamespace(cuda_stream=0)
+
+    x, weight = activations(1, 3, 64, torch.float16), prepared(32, 64)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    assert torch.equal(kernels.w4a8_linear(x, weight), kernels.w4a8_linear(x, weight, kernel="torch"))
+    assert stand_in == ["decode_fused"] and current == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+def test_a_checkpoint_on_a_gpu_has_the_perplexity_of_the_torch_path(family, settings, dtype, tmp_path):
+    text = saved_demo(family, settings, tmp_path / "saved")
+    same_perplexity(tmp_path / "saved", (text[:9], text[:33], text), dtype, torch.device("cuda", 0))
+
+
+# ---------------------------------------------------------------------------
+# Which kernel
+
+
+@pytest.mark.parametrize("processors", [46, 108, 132])
+@pytest.mark.parametrize("groupsize", [0, 128])
+def test_default_rules_know_every_layer(emulated, processors, groupsize):
+    """A configuration that takes the shape for every layer and number of tokens; the workspace of decoding stays small."""
+    for rows, columns in shapes.LAYERS + shapes.FUSED:
+        for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1024, 1025, 4096, 65536):
+            config, parts = cuda.choose(emulated, "some GPU", processors, tokens, rows, columns, groupsize or columns)
+            assert cuda.takes(emulated, config, parts, tokens, rows, columns, groupsize or columns)
+            assert (tokens <= 16) == config.startswith("decode")
+
+
+def test_measured_cells_come_first(emulated, monkeypatch):
+    table = {"default": cuda.tables()["default"], "GPU": {"cells": {"256x512": [[4, "128x16", 2], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "tables", lambda: table)
+    assert cuda.choose(emulated, "GPU", 108, 4, 256, 512, 512) == ("128x16", 2)
+    assert cuda.choose(emulated, "GPU", 108, 5, 256, 512, 512) == ("128x64", 1)
+    for other in (("GPU", 108, 65, 256, 512, 512), ("GPU", 108, 4, 256, 512, 128), ("other", 108, 4, 256, 512, 512)):
+        assert cuda.choose(emulated, *other) == cuda.choose(emulated, "unknown", *other[1:])
+
+
+def test_tuning_table_says_what_was_measured():
+    tables = cuda.tables()
+    assert tables["default"]["measured"] is False and "Not measured" in tables["default"]["note"]
+    for name, table in tables.items():
+        for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
+            assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name
+
+
+def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):
+    a, b, c = ("128x16", 1), ("128x32", 1), ("128x64", 1)
+    assert tune.best([{a: 10, b: 12}, {a: 30, b: 12}]) == b  # a is best at 17 tokens, and a cliff at 32
+    assert (
+        tune.best(
+            [
+                {a: 10, b: 10.1},
+                {a: 11, b: 10},
+            ]
+        )
+        == b
+    )
+    assert tune.best([{a: 1, b: 2}, {b: 2, c: 1}]) == b  # the one that takes both
+    for below, edge in zip((0, *tune.EDGES), tune.EDGES, strict=False):
+        found = [set(tune.candidates(emulated, tokens, 5120, 5120, 5120)) for tokens in (below + 1, edge)]
+        assert found[0] & found[1]
+
+
+def test_tuning_table_is_written_whole(tmp_path, monkeypatch):
+    tables = cuda.tables() | {"GPU": {"measured": True, "cells": {"256x512g128": [[16, "decode", 2], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "TUNING", tmp_path / "tuning.json")
+    tune.write(tables)
+    assert json.loads(cuda.TUNING.read_text()) == tables and list(tmp_path.iterdir()) == [cuda.TUNING]
+
+
+def test_select_says_what_runs(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for kind in ("auto", "torch"):
+        assert kernels.select(kind, cpu) == ("torch", "kernel: torch, exact integers computed in PyTorch")
+    assert kernels.select("torch", gpu)[0] == "torch"
+    with pytest.raises(ValueError, match="--kernel cuda: needs an NVIDIA GPU, not --device cpu"):
+        kernels.select("cuda", cpu)
+
+    def unable(device):
+        raise build.BuildError("no nvcc")
+
+    monkeypatch.setattr(cuda, "library", unable)
+    kernel, line = kernels.select("auto", gpu)
+    assert kernel == "torch" and line.endswith("slowly, as the CUDA kernels are not there: no nvcc")
+    with pytest.raises(ValueError, match="--kernel cuda: no nvcc"):
+        kernels.select("cuda", gpu)
+    monkeypatch.setattr(cuda, "library", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    assert kernels.select("auto", gpu) == kernels.select("cuda", gpu) == ("cuda", "kernel: cuda, on A GPU")
+
+
+def test_groups_that_the_kernels_lack_are_named():
+    with pytest.raises(ValueError, match="groupsize 24: the CUDA kernels take multiples of 64 up to 1024"):
+        cuda.linear(activations(1, 1, 100), prepared(32, 100, 24), 8, False, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: scripts/gpu_check.sh is the whole test on one")
+def test_op_on_a_gpu_equals_op_on_a_cpu():
+    weight, x = prepared(104, 200), activations(2, 3, 200, torch.float16)
+    assert torch.equal(kernels.w4a8_linear(x.cuda(), weight.to("cuda")).cpu(), kernels.w4a8_linear(x, weight))
