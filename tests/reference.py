@@ -1,4 +1,4 @@
-"""The slow obvious computations that the tests and scripts/bench_solver.py compare with.  They share no code with what they check."""
+"""The slow obvious computations that the tests and bench/ compare with.  They share no code with what they check."""
 
 import torch
 
