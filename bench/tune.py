@@ -13,7 +13,7 @@ import torch
 import kernels
 from bench import shapes
 from bench.timing import enough_copies, timed
-from kernels import cuda
+from kernels import build, cuda
 from recipe import UsageError
 
 EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; above the last, as for the last
@@ -126,5 +126,5 @@ if __name__ == "__main__":
     )
     try:
         main(parser.parse_args())
-    except (UsageError, OSError) as e:
+    except (build.BuildError, UsageError, OSError) as e:
         parser.exit(2, f"{parser.prog}: error: {e}\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -17,7 +18,7 @@ from transformers.utils import import_utils
 
 import kernels
 from bench import blocks, contenders, linears, quantizing, shapes, tune
-from kernels import cuda
+from kernels import build, cuda
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -377,3 +378,20 @@ def test_quantizing(tmp_path, run_script):
     assert report["bare_passes"]["passes"] == 3 and report["solver"]["equal_codes"] > 0.99
     status, _, err = run_script(quantizing, "--shape", "llama")
     assert status == 2 and "llama: no such model" in err[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("module", ["linears", "check", "tune"])
+def test_kernels_that_cannot_be_built_are_one_line(module, monkeypatch, capsys):
+    """As on a machine with a GPU and without nvcc."""
+
+    def unable(device):
+        raise build.BuildError("no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "library", unable)
+    monkeypatch.setattr(sys, "argv", [module])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"bench.{module}", run_name="__main__")
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"python -m bench.{module}: error: no nvcc\n"
