@@ -126,7 +126,7 @@ def show(report):
 
 
 def parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m bench.quantizing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-13b", metavar="NAME", help=f"of {', '.join(shapes.MODELS | shapes.TINY)}")
     parser.add_argument("--blocks", type=positive, default=2, metavar="N", help="blocks that are quantized (default %(default)s)")
     parser.add_argument("--method", choices=[name for name, m in METHODS.items() if m.stats], default="awrq", help="(default %(default)s)")

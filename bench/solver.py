@@ -87,7 +87,7 @@ def bare_passes(decoder, ids, walk_batch, device, passes=PASSES):
 
 
 def bench_model(name, windows, repeat):
-    """awrq with smoothing on a whole model, its loading left out, against the same passes bare."""
+    """awrq with smoothing on a whole model against the same passes bare; both read every block from disk once."""
     decoder, device = open_decoder(name), torch.device("cpu")
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, seqlen=min(2048, decoder.config.max_position_embeddings))
     ids = torch.randint(decoder.config.vocab_size, (windows, recipe.seqlen), generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m bench.solver", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, metavar="COLUMNS", help="rows and columns of the layer (default %(default)s)")
     parser.add_argument("--wbits", type=int, default=4, metavar="BITS", help="weight bits of the layer (default %(default)s)")
     parser.add_argument("--repeat", type=int, default=1, metavar="TIMES", help="the fastest of so many counts (default %(default)s)")
