@@ -253,7 +253,7 @@ def run_dtype(config, dtype, device):
 
 
 def open_decoder(name, dtype="auto", device="cpu", config=None):
-    """The decoder of a local folder or hub model, whose weights are found and checked by their headers; none is read yet.
+    """The decoder of a local folder or hub model, whose weights are found and checked by their headers; no block is read yet.
 
     Raises UsageError for weights that are missing, damaged, or do not fit config.json (config: what load_config gave, if it is there).
     """

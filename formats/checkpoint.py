@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
@@ -167,10 +168,8 @@ class Store:
         """original: the unquantized Decoder.  folder: where the blocks are kept; None: in memory."""
         self.original, self.recipe, self.folder = original, recipe, folder and Path(folder)
         self.prefix, self.packs = f"{original.family.blocks}.", METHODS[recipe.method].weights is not None
-        self.blocks, self.layers = (
-            {},
-            {},
-        )  # of each finished block: {name: tensor} in memory, {name: sha256} in a folder; what is told of it
+        self.blocks = {}  # of each finished block {name: tensor} in memory, {name: sha256} in a folder
+        self.layers = {}  # of each what is told of it, for JSON
         self.kernel = None  # of kernels.w4a8_linear, for linears that compute in integers; None: they compute on dequantized numbers
 
     @property
@@ -330,8 +329,7 @@ class Published(Store):
 
     @property
     def tied(self):
-        """What the class ties, unless the folder has both tensors."""
-        return {target: source for target, source in self.original.skeleton.all_tied_weights_keys.items() if target not in self.others}
+        return tied_names(self.original.skeleton, self.others)
 
     def rest(self, names):
         for name in sorted(set(names) - self.others.keys()):

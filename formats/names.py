@@ -26,6 +26,17 @@ def model_names(skeleton, names):
     return found, unused
 
 
+def tied_names(skeleton, names):
+    """{name: the name whose tensor it shares} of tensors that the class ties and of which only one is there; names: those that are."""
+    tied = {}
+    for target, source in skeleton.all_tied_weights_keys.items():
+        if target not in names:
+            tied[target] = source
+        elif source not in names:
+            tied[source] = target
+    return tied
+
+
 def check_complete(skeleton, names, shapes, tied, label):
     """Raises UsageError, naming a tensor, unless the checkpoint has all that the model needs, in its shapes.
 

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from formats.names import check_complete, model_names
+from formats.names import check_complete, model_names, tied_names
 from formats.shards import sha256
 from recipe import UsageError
 
@@ -44,15 +44,10 @@ class Original:
         check_complete(skeleton, self.names, shards.shapes, self.tied, name)
 
     def _find_tied(self, skeleton):
-        """The tensors that share another's: those that the class ties, unless the checkpoint has two that differ."""
-        tied = {}
-        for target, source in skeleton.all_tied_weights_keys.items():
-            if source not in self.names:
-                target, source = source, target
-            both = [self.names[n] for n in (target, source) if n in self.names]
-            if len(both) < 2 or torch.equal(*self.shards.read(both).values()):
-                tied[target] = source
-        return tied
+        """What shares another's tensor: as the class ties it, unless the checkpoint has two that differ."""
+        both = {t: s for t, s in skeleton.all_tied_weights_keys.items() if t in self.names and s in self.names}
+        equal = {t: s for t, s in both.items() if torch.equal(*self.shards.read([self.names[t], self.names[s]]).values())}
+        return tied_names(skeleton, self.names) | equal
 
     def _read(self, names):
         found = self.shards.read([self.names[name] for name in names])

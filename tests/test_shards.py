@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats import shards
+from formats.checkpoint import Store, load
 from formats.shards import Claim, Tensors, find_weights, new_folder, read_shard, sha256, write_shard
 from modelutils import decoder_of, open_decoder
-from recipe import UsageError
+from recipe import Recipe, UsageError
+from run.quantize import quantize_blocks
 
 IDS = token_ids(2, 12)
 BLOCK = "model.decoder.layers.1."
@@ -99,6 +101,25 @@ def test_a_head_of_its_own_although_the_class_ties(tmp_path):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
         torch.testing.assert_close(decoder.materialize(CPU)(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("there", ["embedding", "head", "both", "head of its own"])
+def test_tied_tensors_survive_a_save(there, tmp_path):
+    """Whichever of the two a file has, what is saved of it loads again, and is the same model."""
+    folder = folder_of(tmp_path / "source", tiny_model(), "safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.decoder.embed_tokens.weight"]
+    if there != "embedding":
+        tensors["lm_head.weight"] = embedding * 2 if there == "head of its own" else embedding.clone()
+    if there == "head":
+        del tensors["model.decoder.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    decoder, recipe = open_decoder(folder), Recipe("rtn", wbits=8, act_bits=8)
+    store = Store(decoder, recipe)
+    list(quantize_blocks(decoder, IDS, recipe, store))
+    store.save(tmp_path / "saved", toy_tokenizer())
+    with torch.no_grad():
+        assert load(tmp_path / "saved")(IDS).logits.equal(store.decoder().materialize(CPU)(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
