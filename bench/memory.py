@@ -10,7 +10,6 @@ imports, embedding and head, the sequences and six blocks, all in the type that 
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,14 @@ SIZES = {  # (hidden, intermediate, heads, vocabulary)
     True: (64, 160, 4, 1024),
 }
 FORMATS = ("safetensors", "bin")
-IMPORTS = "import sys, resource; sys.argv = ['opt.py']; {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# A process's ru_maxrss begins with what it was forked from: a small one in between keeps this one's memory out of it.
+LAUNCHER = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], env=os.environ | {"OMP_NUM_THREADS": "2"})
+_, status, usage = os.wait4(child.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 SEQUENCES, TOKENS = 8, 256
 SIX = 6  # blocks
 
@@ -96,22 +102,17 @@ def bound(config, imports):
 
 
 def peak(command, cwd):
-    """Largest resident memory of a command, in bytes, and what it printed.  Raises RuntimeError if it fails."""
-    with tempfile.TemporaryFile("w+") as out:
-        child = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "2"})
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}: {text[-2000:]}")
-    return usage.ru_maxrss * 1024, text
+    """Largest resident memory of a command, in bytes.  Raises RuntimeError if it fails."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr[-2000:]}")
+    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 def imports_of(checkout):
     """What a process needs that only imports what a run imports."""
     modules = "import run.pipeline, formats.resume" if (Path(checkout) / "run").is_dir() else "import opt"
-    return peak([sys.executable, "-c", IMPORTS.format(modules)], checkout)[0]
+    return peak([sys.executable, "-c", modules], checkout)
 
 
 def measure(args, folder, family, blocks, form):
@@ -120,7 +121,7 @@ def measure(args, folder, family, blocks, form):
     size = write_model(model, config, form)
     flags = ["--method", "awrq", "--wbits", "4", "--calib_data", "few", "--nsamples", SEQUENCES, "--seqlen", TOKENS, "--eval", "few"]
     flags += ["--data_dir", folder / "data", "--walk_batch", "1", "--device", "cpu", "--save", folder / "packed"]
-    most, _ = peak([sys.executable, SCRIPTS[family], model, *map(str, flags)], args.checkout)
+    most = peak([sys.executable, SCRIPTS[family], model, *map(str, flags)], args.checkout)
     for each in (model, folder / "packed"):
         shutil.rmtree(each)
     parts = bound(config, imports_of(args.checkout))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kernels.build import BuildError, build
+from recipe import UsageError
 
 TUNING = Path(__file__).parent / "tuning.json"
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # Type of quantize.cuh
@@ -99,7 +100,7 @@ def choose(library, gpu, processors, tokens, rows, columns, groupsize):
             parts = splits(rule["config"], tokens, rows, columns, groupsize, rule["blocks_per_processor"] * processors)
             if takes(library, rule["config"], parts, tokens, rows, columns, groupsize):
                 return rule["config"], parts
-    raise ValueError(f"no kernel takes {tokens} tokens of {columns} columns with groupsize {groupsize}")
+    raise UsageError(f"no kernel takes {tokens} tokens of {columns} columns with groupsize {groupsize}")
 
 
 def takes(library, config, parts, tokens, rows, columns, groupsize):
@@ -145,7 +146,7 @@ def launch(library, x, y, weight, act_bits, per_token, lengths, config, parts, s
 def linear(x, weight, act_bits, per_token, lengths):
     """The op on a GPU, on its current stream, for checked arguments."""
     if weight.groupsize < weight.columns and (weight.groupsize % 64 or weight.groupsize > 1024):
-        raise ValueError(
+        raise UsageError(
             f"w4a8_linear: groupsize {weight.groupsize}: the CUDA kernels take multiples of 64 up to 1024, or a whole row; use kernel torch"
         )
     config, parts = dispatch(x.device, x.shape[0] * x.shape[1], weight.rows, weight.columns, weight.groupsize)
