@@ -5,7 +5,8 @@
     python -m bench.memory --checkout ../other         the scripts of another checkout
 
 The peak is ru_maxrss of the whole process, mapped pages included.  The bound is what a run may need whatever the number of blocks: the
-imports, embedding and head, the sequences and six blocks, all in the type that is computed with, float32 on a CPU.
+imports, embedding and head, the sequences and six blocks, all in the type that is computed with, float32 on a CPU.  The imports are the
+peak of the same run on a model whose tensors are next to nothing, as much is imported only when it is used.
 """
 
 import argparse
@@ -41,7 +42,7 @@ _, status, usage = os.wait4(child.pid, 0)
 print(usage.ru_maxrss)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
-SEQUENCES, TOKENS = 8, 256
+SEQUENCES, TOKENS = 4, 256
 SIX = 6  # blocks
 
 # ---------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def write_text(folder):
     """A corpus of a few sequences, from the demo's."""
     (folder / "few").mkdir(parents=True)
     for split in ("train", "test"):
-        (folder / "few" / f"{split}.txt").write_text((ROOT / f"demo/data/world/{split}.txt").read_text()[:15000])
+        (folder / "few" / f"{split}.txt").write_text((ROOT / f"demo/data/world/{split}.txt").read_text()[:6000])
 
 
 def bound(config, imports):
@@ -109,23 +110,16 @@ def peak(command, cwd):
     return int(done.stdout.splitlines()[-1]) * 1024
 
 
-def imports_of(checkout):
-    """What a process needs that only imports what a run imports."""
-    modules = "import run.pipeline, formats.resume" if (Path(checkout) / "run").is_dir() else "import opt"
-    return peak([sys.executable, "-c", modules], checkout)
-
-
-def measure(args, folder, family, blocks, form):
+def measure(checkout, folder, family, blocks, form, small):
     """A row of the table: a run of a model that is made for it, with the packed blocks in a folder."""
-    config, model = configuration(family, blocks, args.small), folder / f"{family}-{blocks}-{form}"
+    config, model = configuration(family, blocks, small), folder / f"{family}-{blocks}-{form}"
     size = write_model(model, config, form)
     flags = ["--method", "awrq", "--wbits", "4", "--calib_data", "few", "--nsamples", SEQUENCES, "--seqlen", TOKENS, "--eval", "few"]
     flags += ["--data_dir", folder / "data", "--walk_batch", "1", "--device", "cpu", "--save", folder / "packed"]
-    most = peak([sys.executable, SCRIPTS[family], model, *map(str, flags)], args.checkout)
+    most = peak([sys.executable, SCRIPTS[family], model, *map(str, flags)], checkout)
     for each in (model, folder / "packed"):
         shutil.rmtree(each)
-    parts = bound(config, imports_of(args.checkout))
-    return {"family": family, "blocks": blocks, "format": form, "weights": size, "peak": most, "bound": parts}
+    return {"family": family, "blocks": blocks, "format": form, "weights": size, "peak": most}
 
 
 def plot(rows, before, path):
@@ -154,10 +148,12 @@ def main(args):
     rows = []
     with tempfile.TemporaryDirectory(prefix="awrq-memory-") as folder:
         write_text(Path(folder) / "data")
+        imports = {family: measure(args.checkout, Path(folder), family, 1, "safetensors", True)["peak"] for family in SCRIPTS}
         cells = [(family, blocks, form) for family in SCRIPTS for form in FORMATS for blocks in args.blocks]
         for cell in (bar := tqdm(cells, desc="memory", unit="run")):
             bar.set_postfix_str("{} of {} blocks, {}".format(*cell))
-            rows.append(measure(args, Path(folder), *cell))
+            row = measure(args.checkout, Path(folder), *cell, args.small)
+            rows.append(row | {"bound": bound(configuration(*cell[:2], args.small), imports[cell[0]])})
     mib = 2**20
     header = ("model", "blocks", "weights", "size, MiB", "peak, MiB", "peak / size", "bound, MiB")
     print(
