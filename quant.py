@@ -83,7 +83,7 @@ def to_int(W, grid):
 def from_int(q, grid):
     """The weight that the codes q (R, C) uint8 stand for: (R, C) float32."""
     scale, zero = (grid.columns(p, q.shape[1]) for p in (grid.scale, grid.zero))
-    return (q - zero) * scale
+    return (q - zero).mul_(scale)
 
 
 def rtn(W, stats, recipe, name):

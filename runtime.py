@@ -22,6 +22,7 @@ import torch
 from recipe import UsageError
 
 LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD, MAPPED = -3, 4 << 20  # of glibc's mallopt
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
 
 # ---------------------------------------------------------------------------
@@ -48,9 +49,18 @@ def release(device):
         torch.cuda.empty_cache()
 
 
+def map_large_tensors():
+    """Let the C library map tensors of MAPPED bytes and more, as it does at first: what is mapped goes back as soon as it is freed.
+
+    Left to itself, glibc maps less and less, and keeps what lies between pieces in use: a third more memory for blocks of 50 MB.
+    """
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(M_MMAP_THRESHOLD, MAPPED)
+
+
 def trim():
-    """Give back the memory that was freed on the host: the C library keeps what lies between pieces in use, more with every block."""
-    if hasattr(LIBC, "malloc_trim"):  # glibc's
+    """Give back the rest of what was freed on the host."""
+    if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 

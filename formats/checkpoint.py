@@ -34,6 +34,7 @@ from smoothquant import fold_group
 FORMAT = 1  # of our folders; a newer one is refused
 FILES = "awrq"  # what the names of our shards begin with; not "model", of which transformers would take what it knows and draw the rest
 PACKED = (3, 4)  # widths whose codes share bytes
+CHUNK = 2**19  # bytes that are packed or unpacked together
 PARTS = ("codes", "scale", "zero")  # of a linear, besides its bias and in_scale
 GENERATION = "generation_config.json"
 
@@ -45,18 +46,31 @@ def pack(q, bits):
     """Codes (R, C) uint8 as they lie on disk: (R, ceil(C * bits / 8)) uint8 for 3 and 4 bits, as they are for others."""
     if bits not in PACKED:
         return q
-    C = q.shape[1]
-    words = F.pad(q, (0, -C % 8)).unflatten(1, (-1, 8)).int() << bits * torch.arange(8, dtype=torch.int32)  # eight codes make one word
-    return words.sum(2, dtype=torch.int32).unsqueeze(2).view(torch.uint8)[..., :bits].flatten(1)[:, : -(-C * bits // 8)].contiguous()
+    bytes_ = -(-q.shape[1] * bits // 8)
+
+    def packed(q):
+        words = F.pad(q, (0, -q.shape[1] % 8)).unflatten(1, (-1, 8)).int() << bits * torch.arange(8, dtype=torch.int32)  # of eight codes
+        return words.sum(2, dtype=torch.int32).unsqueeze(2).view(torch.uint8)[..., :bits].flatten(1)[:, :bytes_]
+
+    return by_rows(packed, q)
 
 
 def unpack(packed, bits, C):
     """The codes (R, C) uint8 that `pack` was given."""
     if bits not in PACKED:
         return packed
-    packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
-    words = F.pad(packed, (0, 4 - bits)).view(torch.int32)
-    return (words >> bits * torch.arange(8, dtype=torch.int32) & 2**bits - 1).to(torch.uint8).flatten(1)[:, :C].contiguous()
+
+    def codes(packed):
+        packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
+        words = F.pad(packed, (0, 4 - bits)).view(torch.int32)
+        return (words >> bits * torch.arange(8, dtype=torch.int32) & 2**bits - 1).to(torch.uint8).flatten(1)[:, :C]
+
+    return by_rows(codes, packed)
+
+
+def by_rows(function, t):
+    """function(t) of t (R, N), a few rows at a time: its words take many times the memory of the codes."""
+    return torch.cat([function(rows) for rows in t.split(max(1, CHUNK // t.shape[1]))])
 
 
 def packed_linear(name, q, grid, bits):
@@ -170,6 +184,7 @@ class Store:
         self.prefix, self.packs = f"{original.family.blocks}.", METHODS[recipe.method].weights is not None
         self.blocks = {}  # of each finished block {name: tensor} in memory, {name: sha256} in a folder
         self.layers = {}  # of each what is told of it, for JSON
+        self.checked = set()  # blocks whose checksums were right when they were first read
         self.kernel = None  # of kernels.w4a8_linear, for linears that compute in integers; None: they compute on dequantized numbers
 
     @property
@@ -214,7 +229,9 @@ class Store:
         if self.folder is None:
             tensors = dict(self.blocks[i])
         else:
-            found = read_shard(self.shard(i), {f"{prefix}{name}": found for name, found in self.blocks[i].items()})
+            sums = {f"{prefix}{name}": found for name, found in self.blocks[i].items()}
+            found = read_shard(self.shard(i), sums, check=i not in self.checked)
+            self.checked.add(i)
             tensors = {name.removeprefix(prefix): t for name, t in found.items()}
         return tensors if self.packs else self.original.source.read(i) | tensors
 

@@ -20,7 +20,7 @@ from modelutils import check_vocabulary, default_walk_batch, load_config, load_t
 from recipe import Recipe, UsageError
 from run.quantize import calibration_place, quantize_blocks
 from run.report import report, show
-from runtime import Clock, find_device, release, write_json
+from runtime import Clock, find_device, map_large_tensors, release, write_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Subject:
 def execute(run):
     """Do what a run.cli.Run asks for.  Raises UsageError for what cannot be, FloatingPointError for NaN or Inf met on the way."""
     # ---- What can be wrong is found before any long work ----
+    map_large_tensors()
     device = find_device(run.device)
     clock = Clock(device)
     check_writable(run.output_path)
