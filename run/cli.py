@@ -382,7 +382,9 @@ NOTHING = (("act_bits", 16), ("wbits", 16))  # not quantized: what a method that
 def shown(flag, value=None):
     """A flag as it is typed."""
     name = flag.replace("true_", "true-").replace("new_", "new-")
-    return {None: f"--{name}", True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}")
+    if value is None or value is True:
+        return f"--{name}"
+    return f"--no-{name}" if value is False else f"--{name} {value}"  # `is`: 0 == False, and --alpha 0 is not --no-alpha
 
 
 def main(*script, argv=None, **defaults):

@@ -179,6 +179,13 @@ def test_a_flag_typed_at_its_default_is_seen(line, parts):
         recipe_of(line)
 
 
+@pytest.mark.parametrize("flag", ["--alpha 0", "--alpha 1", "--min 1", "--smooth_search"])
+def test_a_refused_flag_is_shown_as_it_was_typed(flag):
+    """0 == False and 1 == True: --alpha 0 was reported as --no-alpha, which there is not."""
+    with pytest.raises(UsageError, match=rf"^{flag}(\.0)?: --method gptq does not smooth"):
+        recipe_of(f"--method gptq --wbits 4 {flag}")
+
+
 @pytest.mark.parametrize("flag", ["--limit 3", "--batch_size 1", "--num_fewshot 0", "--table_results", "--skip_missing"])
 def test_flags_of_tasks_need_tasks(flag):
     with one_line(flag.split()[0], "needs --tasks"):
