@@ -387,9 +387,9 @@ def shown(flag, value=None):
     return f"--no-{name}" if value is False else f"--{name} {value}"  # `is`: 0 == False, and --alpha 0 is not --no-alpha
 
 
-def main(*script, argv=None, **defaults):
-    """A script from its command line to the end.  script, defaults: the arguments of make_parser; argv: that of the process."""
-    parser = make_parser(*script, **defaults)
+def main(script, doc, argv=None, **defaults):
+    """A script from its command line to the end.  script, doc, defaults: see make_parser; argv: None for the process's."""
+    parser = make_parser(script, doc, **defaults)
     with parser.one_line_errors():
         run = parse(parser, argv)
         quiet_libraries()

@@ -220,7 +220,7 @@ def run_script(monkeypatch, capfd):
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             try:
-                module.parser().run(module.main) if hasattr(module, "parser") else module.main(argv=argv)
+                module.parser().run(module.main) if hasattr(module, "parser") else module.main(argv)
             except SystemExit as e:
                 status = e.code or 0
         out, err = capfd.readouterr()

@@ -263,7 +263,7 @@ def test_what_the_user_did_is_one_line_and_our_own_bugs_are_tracebacks(error, st
     monkeypatch.setattr(run.pipeline, "execute", fail)
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
     with pytest.raises(SystemExit if status else type(error)) as caught:
-        opt.main(argv=["MODEL"])
+        opt.main(["MODEL"])
     if status:
         assert caught.value.code == status and capsys.readouterr().err == f"opt.py: error: {error}\n"
 
@@ -273,7 +273,7 @@ def test_warnings_in_a_run_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(run.pipeline, "execute", lambda run: warnings.warn("block 1 fc2: something", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        opt.main(argv=["MODEL"])
+        opt.main(["MODEL"])
     assert capsys.readouterr().err.splitlines() == ["warning: block 1 fc2: something"]
 
 
