@@ -117,6 +117,13 @@ def share(number):
     return value if value < 1 else int(value)
 
 
+def path(name):
+    """The name of a file or folder, or a model's."""
+    if not name:
+        raise argparse.ArgumentTypeError("is empty; give a name, or leave the flag out")
+    return name
+
+
 def listed(names):
     """The names of a comma list, each once."""
     return tuple(dict.fromkeys(name for name in names.split(",") if name))
@@ -131,7 +138,11 @@ SWITCH = argparse.BooleanOptionalAction  # a preset can switch it on, --no-... o
 def add_flags(parser, smallest_scale, corpora):
     """The flags of both scripts.  smallest_scale: the default of --min, which the paper sets per family; corpora: that of --eval."""
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="hub name or local folder with config.json, tokenizer and weights; --load needs none"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        type=path,
+        help="hub name or local folder with config.json, tokenizer and weights; --load needs none",
     )
     add_method_flags(parser.add_argument_group("method"))
     add_smoothing_flags(parser.add_argument_group("smoothing"), smallest_scale)
@@ -216,7 +227,9 @@ def add_data_flags(group):
     group.add_argument("--nsamples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     group.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per sequence (default: the model's context, at most 2048)")
     group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default 0)")
-    group.add_argument("--data_dir", metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded")
+    group.add_argument(
+        "--data_dir", type=path, metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded"
+    )
 
 
 def add_evaluation_flags(group, corpora):
@@ -254,12 +267,15 @@ def add_task_flags(group):
 
 
 def add_checkpoint_flags(group):
-    group.add_argument("--save", metavar="FOLDER", help="write the quantized model, its codes packed, into a new folder")
-    group.add_argument("--load", metavar="FOLDER", help="evaluate what --save wrote, in place of quantizing")
-    group.add_argument("--checkpoint_dir", metavar="FOLDER", help="keep finished blocks there, and go on after the last one it has")
+    group.add_argument("--save", type=path, metavar="FOLDER", help="write the quantized model, its codes packed, into a new folder")
+    group.add_argument("--load", type=path, metavar="FOLDER", help="evaluate what --save wrote, in place of quantizing")
+    group.add_argument(
+        "--checkpoint_dir", type=path, metavar="FOLDER", help="keep finished blocks there, and go on after the last one it has"
+    )
     group.add_argument(
         "--export",
         nargs=2,
+        type=path,
         metavar=("FORMAT", "FOLDER"),
         help=f"write the model for others into a new folder; FORMAT: {', '.join(EXPORTS)}",
     )
@@ -277,7 +293,7 @@ def add_machine_flags(group):
     group.add_argument(
         "--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory); changes no result"
     )
-    group.add_argument("--output_path", metavar="FILE", help="write results and their whole protocol to this JSON")
+    group.add_argument("--output_path", type=path, metavar="FILE", help="write results and their whole protocol to this JSON")
 
 
 # ---------------------------------------------------------------------------
@@ -322,6 +338,7 @@ def check_needs(values, typed):
         ("benchmark", "--eval, whose first corpus it decodes", values["eval"]),
         ("benchmark_prefill", "--eval, whose first corpus it reads", values["eval"]),
         ("new_eval", "--eval, whose protocols it changes", values["eval"]),
+        ("compare_full", "--eval or --tasks, which it evaluates twice", values["eval"] or values["tasks"]),
     ):
         if flag in typed and not there:
             raise UsageError(f"{shown(flag)} needs {needs}")
@@ -332,6 +349,8 @@ def check_needs(values, typed):
         for flag in typed:
             if flag in fixed:
                 raise UsageError(f"{shown(flag)} does not go with --load, which takes a model as it was quantized; leave it out")
+        if values["seqlen"] is not None:
+            Recipe(seqlen=values["seqlen"])  # raises if that is out of range
     elif values["model"] is None:
         raise UsageError("give MODEL, or --load FOLDER")
     if values["compare_full"] and values["method"] == "full" and not values["load"]:

@@ -202,6 +202,9 @@ def test_flags_of_tasks_need_tasks(flag):
         ("MODEL --eval , --tasks copa --benchmark 4", ["--benchmark", "--eval"]),
         ("MODEL --eval , --tasks copa --benchmark_prefill 4", ["--benchmark_prefill", "--eval"]),
         ("MODEL --eval , --tasks copa --new-eval", ["--new-eval", "--eval"]),
+        ("MODEL --eval , --method rtn --wbits 4 --save x --compare_full", ["--compare_full", "--eval or --tasks"]),
+        ("--load x --eval , --export compressed-tensors y --compare_full", ["--compare_full", "--eval or --tasks"]),
+        ("--load x --seqlen 0", ["--seqlen 0", "at least 2"]),
         ("MODEL --eval ,", ["nothing to evaluate", "--tasks", "--eval", "--save"]),
         ("MODEL --compare_full", ["--compare_full", "full"]),
         ("MODEL --export gguf x --method rtn --wbits 4", ["--export gguf", "compressed-tensors"]),
@@ -225,6 +228,15 @@ def test_what_does_not_go_together(line, parts):
 def test_writing_alone_is_a_whole_job(line):
     run = run_of(*line.split())
     assert not run.corpora and not run.tasks and (run.save or run.export)
+
+
+@pytest.mark.parametrize("flag", ["--load", "--save", "--checkpoint_dir", "--export compressed-tensors", "--data_dir", "--output_path"])
+def test_an_empty_name_is_an_error(flag, capsys):
+    """As of an unset variable in a shell: --load "" quantized MODEL instead, --checkpoint_dir "" kept nothing."""
+    with pytest.raises(SystemExit) as caught:
+        run_of("MODEL", "--method", "rtn", "--wbits", 4, *flag.split(), "")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and flag.split()[0] in error and "is empty" in error
 
 
 def test_a_run_is_complete_and_frozen():
