@@ -149,7 +149,7 @@ def main(args):
     with tempfile.TemporaryDirectory(prefix="awrq-memory-") as folder:
         write_text(Path(folder) / "data")
         imports = {family: measure(args.checkout, Path(folder), family, 1, "safetensors", True)["peak"] for family in SCRIPTS}
-        cells = [(family, blocks, form) for family in SCRIPTS for form in FORMATS for blocks in args.blocks]
+        cells = [(family, blocks, form) for family in SCRIPTS for form in args.formats for blocks in args.blocks]
         for cell in (bar := tqdm(cells, desc="memory", unit="run")):
             bar.set_postfix_str("{} of {} blocks, {}".format(*cell))
             row = measure(args.checkout, Path(folder), *cell, args.small)
@@ -182,6 +182,7 @@ def main(args):
 def parser():
     parser = Parser(prog="python -m bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 32], metavar="N", help="blocks of the models (default 4 32)")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS, help="of the weights (default both)")
     parser.add_argument("--small", action="store_true", help="tiny models")
     parser.add_argument("--checkout", default=ROOT, metavar="FOLDER", help="whose scripts run (default: this one's)")
     parser.add_argument("--before", metavar="FILE", help="JSON of another checkout, to draw beside")
