@@ -90,7 +90,10 @@ def bound(config, imports):
     """{what: bytes} that a run may need; six blocks, embedding, head and sequences in float32."""
     sizes = {"blocks": 0, "embedding and head": 0}
     prefix = f"{FAMILIES[config.model_type].blocks}.0."
-    for name, t in skeleton(config, torch.float32).state_dict().items():
+    empty = skeleton(config, torch.float32)
+    for name, t in empty.state_dict().items():
+        if name in empty.all_tied_weights_keys:
+            continue
         if name.startswith(prefix):
             sizes["blocks"] += SIX * t.nbytes
         elif not name.startswith(FAMILIES[config.model_type].blocks):

@@ -1,0 +1,93 @@
+"""What measures whole runs: peaks of memory belong to the run alone, two checkouts are compared by all they give."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import image
+
+from bench import checkouts, memory
+from modelutils import open_decoder
+from run.cli import make_parser, parse
+
+ROOT = Path(__file__).parents[1]
+
+MIB = 2**20
+SCRIPT = """
+import json, pathlib, sys
+import numpy
+from safetensors.numpy import save_file
+flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if "--save" in flags:
+    folder = pathlib.Path(flags["--save"])
+    folder.mkdir()
+    save_file({{"codes": numpy.array([{code}])}}, folder / "awrq-00001-of-00001.safetensors")
+results = {{"perplexity": {{"world": {{"ppl": {ppl}}}}}, "tasks": None}}
+content = {{"results": results, "layers": {{}}, "seconds": {{"solving": {seconds}, "evaluating": 9}}}}
+pathlib.Path(flags.get("--output_path", "unread")).write_text(json.dumps(content))
+"""
+
+
+def test_a_peak_is_the_commands_own():
+    """Not that of what started it: a process begins with the resident memory of its parent as its largest."""
+    mine = torch.ones(300 * MIB, dtype=torch.uint8)
+    small = memory.peak([sys.executable, "-c", "pass"], ROOT)
+    large = memory.peak([sys.executable, "-c", f"b'1' * {100 * MIB}"], ROOT)
+    assert small < mine.nbytes / 3 and 95 * MIB < large - small < 110 * MIB
+
+
+def test_a_run_that_fails_is_no_peak():
+    with pytest.raises(RuntimeError, match="no such thing"):
+        memory.peak([sys.executable, "-c", "raise SystemExit('no such thing')"], ROOT)
+
+
+@pytest.mark.parametrize("form", memory.FORMATS)
+@pytest.mark.parametrize("family", memory.SCRIPTS)
+def test_models_to_measure_are_whole(family, form, tmp_path):
+    """Nothing is drawn anew when they are read, and the bound counts each of their tensors."""
+    config = memory.configuration(family, 6, small=True)
+    size = memory.write_model(tmp_path / "model", config, form)
+    source = open_decoder(tmp_path / "model").source
+    ends = {name: t for name, t in source.rest(source.names).items() if not name.startswith(source.prefix)}
+    assert sum(t.nbytes for read in (ends, *map(source.read, range(6))) for t in read.values()) == size
+    parts = memory.bound(config, imports=0)
+    assert parts["blocks"] + parts["embedding and head"] == 2 * size  # float32, six of six blocks
+
+
+def test_a_run_is_measured_and_leaves_nothing(tmp_path):
+    """Of the script of the checkout that was named: this one takes 200 MiB."""
+    (tmp_path / "opt.py").write_text(SCRIPT.format(code=1, ppl=2, seconds=3) + f"b'1' * {200 * MIB}")
+    (tmp_path / "runs").mkdir()
+    row = memory.measure(tmp_path, tmp_path / "runs", "opt", 2, "bin", small=True)
+    assert 200 * MIB < row["peak"] < 300 * MIB and not list((tmp_path / "runs").iterdir())
+
+
+def test_the_picture_of_peaks_has_both_checkouts(tmp_path):
+    rows = [
+        {"family": "opt", "format": "bin", "weights": n * MIB, "peak": 500 * MIB, "bound": {"imports": 400 * MIB, "blocks": 300 * MIB}}
+        for n in (100, 800)
+    ]
+    for name, before in (("one.png", []), ("both.png", rows)):
+        memory.plot(rows, before, tmp_path / name)
+    one, both = (image.imread(tmp_path / name) for name in ("one.png", "both.png"))
+    assert one.shape == both.shape and (one != both).any()
+
+
+@pytest.mark.parametrize(("code", "ppl", "same"), [(7, 2.5, True), (8, 2.5, False), (7, 2.6, False)])
+def test_checkouts_are_compared_by_tensors_and_numbers(code, ppl, same, tmp_path, monkeypatch, run_script):
+    for name, given in (("mine", (7, 2.5, 3)), ("other", (code, ppl, 2))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "opt.py").write_text(SCRIPT.format(**dict(zip(("code", "ppl", "seconds"), given, strict=True))))
+    monkeypatch.setattr(checkouts, "ROOT", tmp_path / "mine")
+    status, out, _ = run_script(checkouts, tmp_path / "other", "--only", "opt rtn")
+    row = out.splitlines()[-1].split()
+    assert status == (0 if same else 1) and ("yes" if same else "NO") in row and "1.50" in row
+
+
+@pytest.mark.parametrize("name", checkouts.CASES)
+def test_each_command_of_the_comparison_is_a_run(name):
+    script, *flags = checkouts.CASES[name][0].split()
+    main = importlib.import_module(script.removesuffix(".py")).main
+    assert parse(make_parser(*main.args, **main.keywords), flags).model.startswith("demo/")
