@@ -51,8 +51,13 @@ def candidates(library, tokens, rows, columns, groupsize):
 
 
 def best(times_at):
-    """The candidate that loses least over the token counts of a bucket.  times_at: [{candidate: time}], one for each count."""
+    """The candidate that loses least over the token counts of a bucket.  times_at: [{candidate: time}], one for each count.
+
+    Raises UsageError if there is none.
+    """
     common = set.intersection(*(set(times) for times in times_at))
+    if not common:
+        raise UsageError("no kernel takes groups of this size: give another --groupsize")
     return min(sorted(common), key=lambda c: sum(times[c] / min(times.values()) for times in times_at))
 
 

@@ -21,7 +21,7 @@ from evaluation.perplexity import perplexity
 from formats.checkpoint import Store, open_checkpoint
 from kernels import build, cuda
 from modelutils import load_tokenizer, open_decoder
-from recipe import Recipe
+from recipe import Recipe, UsageError
 from run.quantize import quantize_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -396,6 +396,8 @@ def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):
         == b
     )
     assert tune.best([{a: 1, b: 2}, {b: 2, c: 1}]) == b  # the one that takes both
+    with pytest.raises(UsageError, match="--groupsize"):
+        tune.best([{a: 1}, {b: 1}])
     for below, edge in zip((0, *tune.EDGES), tune.EDGES, strict=False):
         found = [set(tune.candidates(emulated, tokens, 5120, 5120, 5120)) for tokens in (below + 1, edge)]
         assert found[0] & found[1]
