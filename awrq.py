@@ -22,15 +22,16 @@ class Moments(gptq.Hessian):
     def __init__(self, columns, recipe, device):
         super().__init__(columns, recipe, device)
         self.M = torch.zeros_like(self.H)
-        self.act_bits, self.per_token = recipe.act_bits, recipe.act_pertoken
+        self.acts = recipe.acts
 
     def add(self, x, target=None):
         """x (B, T, C); target, of its shape: what W is applied to in what the layer should give, if not x."""
         target = x if target is None else target
-        if x.is_cuda and self.act_bits <= 8 and not self.per_token:
+        bits, per_token, _ = self.acts
+        if x.is_cuda and bits <= 8 and not per_token:
             self.add_codes(x, target)
         else:
-            xq = fake_quant_act(x, self.act_bits, self.per_token)
+            xq = fake_quant_act(x, *self.acts)
             super().add(xq)
             # The difference before the product: the difference of two products would cancel.
             gptq.add_product(self.M, (target.float() - xq.float()).flatten(0, -2), xq.flatten(0, -2).float())
@@ -41,7 +42,7 @@ class Moments(gptq.Hessian):
         The difference of the target to them is rounded to float16, which changes M by a thousandth of itself at most.
         """
         self.sequences += len(x)
-        codes, scale, zero = act_codes(x, self.act_bits)
+        codes, scale, zero = act_codes(x, *self.acts)
         for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
             gptq.add_product(self.H, q.half(), q.half(), s * s)
             gptq.add_product(self.M, (t / s - q).half(), q.half(), s * s)

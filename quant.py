@@ -96,11 +96,11 @@ def rtn(W, stats, recipe, name):
 # Activations
 
 
-def fake_quant_act(x, bits, per_token=False):
+def fake_quant_act(x, bits, per_token=False, sym=False):
     """Round x (B, T, C) to a grid of its own and back, per sequence or per token, in the type of x: see kernels.act_codes."""
     if bits >= 16:
         return x
-    q, scale, zero = act_codes(x, bits, per_token)
+    q, scale, zero = act_codes(x, bits, per_token, sym)
     return q.sub_(zero).mul_(scale).to(x.dtype)
 
 
@@ -109,11 +109,11 @@ class Means:
 
     def __init__(self, columns, recipe, device):
         self.target, self.seen = torch.zeros(2, columns, dtype=torch.float64, device=device)
-        self.tokens, self.act_bits, self.per_token = 0, recipe.act_bits, recipe.act_pertoken
+        self.tokens, self.acts = 0, recipe.acts
 
     def add(self, x, target=None):
         """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x."""
-        xq = fake_quant_act(x, self.act_bits, self.per_token)
+        xq = fake_quant_act(x, *self.acts)
         self.target += (x if target is None else target).flatten(0, -2).sum(0, dtype=torch.float64)
         self.seen += xq.flatten(0, -2).sum(0, dtype=torch.float64)
         self.tokens += xq.flatten(0, -2).shape[0]
@@ -167,7 +167,7 @@ class QuantLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.float(), requires_grad=False)  # (R, C)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float(), requires_grad=False)
         self.register_buffer("in_scale", None)  # (C,) where no preceding weight can absorb 1/s
-        self.act_bits, self.per_token = 16, False
+        self.acts = (16,)  # see Recipe.acts
         self.batch = batch
 
     def smoothed(self, x):
@@ -175,21 +175,21 @@ class QuantLinear(nn.Module):
         x = self.batch.split(x)
         return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
 
-    def freeze(self, act_bits, per_token):
-        """Quantize activations from now on, and keep weight and bias in the model's type."""
-        self.act_bits, self.per_token = act_bits, per_token
+    def freeze(self, acts):
+        """Quantize activations from now on, and keep weight and bias in the model's type.  acts: see Recipe.acts."""
+        self.acts = acts
         self.weight.data = self.weight.to(self.dtype)
         if self.bias is not None:
             self.bias.data = self.bias.to(self.dtype)
 
     def forward(self, x):
-        xq = fake_quant_act(self.smoothed(x), self.act_bits, self.per_token)
+        xq = fake_quant_act(self.smoothed(x), *self.acts)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(xq, self.weight.to(x.dtype), bias).view(*x.shape[:-1], -1)
 
     def extra_repr(self):
         R, C = self.weight.shape
-        return f"{C}, {R}, bias={self.bias is not None}, act_bits={self.act_bits}, per_token={self.per_token}"
+        return f"{C}, {R}, bias={self.bias is not None}, acts={self.acts}"
 
 
 def replace_linears(block, names, batch):
@@ -215,14 +215,14 @@ class IntLinear(nn.Module):
             else:
                 setattr(self, name, value)
         self.register_buffer("in_scale", linear.in_scale)
-        self.act_bits, self.per_token, self.batch, self.kernel = linear.act_bits, linear.per_token, linear.batch, kernel
+        self.acts, self.batch, self.kernel = linear.acts, linear.batch, kernel
 
     smoothed = QuantLinear.smoothed
 
     def forward(self, x):
         weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))
-        y = kernels.w4a8_linear(self.smoothed(x), weight, self.act_bits, self.per_token, kernel=self.kernel)
+        y = kernels.w4a8_linear(self.smoothed(x), weight, *self.acts, kernel=self.kernel)
         return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self):
-        return f"{self.columns}, {self.rows}, groupsize={self.groupsize}, act_bits={self.act_bits}, per_token={self.per_token}"
+        return f"{self.columns}, {self.rows}, groupsize={self.groupsize}, acts={self.acts}"

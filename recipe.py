@@ -80,6 +80,8 @@ class Recipe:
     grid: str = "weight"  # what row grids are found from: the weight, or its reformulation, which is then rounded from the first column on
     clip: str = "none"  # how far the range of a grid may shrink: see quant.CLIPS
     act_pertoken: bool = False
+    act_sym: bool = False
+    rotate: bool = False  # the residual stream and the heads of values, by `seed`: see rotate.py
     smooth: bool = False
     alpha: float = 0.5
     min: float = 0.1
@@ -93,7 +95,12 @@ class Recipe:
     calib_data: str = "c4"
     nsamples: int = 128
     seqlen: int = 2048
-    seed: int = 0
+    seed: int = 0  # of the calibration draw and of the rotation
+
+    @property
+    def acts(self):
+        """How activations are quantized: (bits, per token, symmetric), the arguments of quant.fake_quant_act."""
+        return self.act_bits, self.act_pertoken, self.act_sym
 
     def __post_init__(self):
         for name, ok, allowed in (

@@ -40,7 +40,7 @@ def search_scale(x, weights, recipe, rows=None):
     y = x.float() @ W.T
 
     def lost(s):
-        xq = fake_quant_act((x / s).to(x.dtype), recipe.act_bits, recipe.act_pertoken).float()
+        xq = fake_quant_act((x / s).to(x.dtype), *recipe.acts).float()
         Q = W * s if recipe.wbits == 16 else from_int(*rtn(W * s, None, recipe, "search"))
         return torch.linalg.vector_norm(y - xq @ Q.T, dtype=torch.float64).item()
 

@@ -39,8 +39,8 @@ def random_x(B, T, C, dtype, seed=0):
     return (x + 0.2).to(dtype)
 
 
-def poisoned(library, x, weight, config, parts, settings=(8, False, None)):
-    """y of one configuration, y and the workspace garbage before.  settings: act_bits, per_token, lengths."""
+def poisoned(library, x, weight, config, parts, settings=((8, False, False), None)):
+    """y of one configuration, y and the workspace garbage before.  settings: (act_bits, per_token, sym), lengths."""
     y = torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype, device=x.device)
     stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
 
@@ -72,11 +72,13 @@ def every_configuration(library, device, shapes=SHAPES, types=(*TYPES, torch.flo
                 on_device = weight.to(device)
                 for i, dtype in enumerate(types):
                     x = random_x(B, T, columns, dtype, seed=i)
-                    for per_token, lengths in ((False, None), (True, None), (False, torch.arange(B, dtype=torch.int32) * T // B)):
-                        wanted = kernels.w4a8_linear(x, weight, 8 - i, per_token, lengths)
+                    some = torch.arange(B, dtype=torch.int32) * T // B
+                    for per_token, sym, lengths in ((False, False, None), (True, False, None), (True, True, None), (False, False, some)):
+                        acts = (8 - i, per_token, sym)
+                        wanted = kernels.w4a8_linear(x, weight, *acts, lengths)
                         for parts in splits:
                             if cuda.takes(library, config, parts, B * T, rows, columns, weight.groupsize):
-                                settings = (8 - i, per_token, None if lengths is None else lengths.to(device))
+                                settings = (acts, None if lengths is None else lengths.to(device))
                                 y = poisoned(library, x.to(device), on_device, config, parts, settings)
                                 yield f"{config} / {parts}, {B}x{T}, {rows}x{columns} g{groupsize}, {dtype}", equal(y.cpu(), wanted, weight)
 

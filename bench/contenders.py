@@ -74,7 +74,7 @@ def w4a8_product(rows, columns, device):
 
         def run(weight, steps):
             stream = torch.cuda.current_stream(device).cuda_stream
-            cuda.launch(library, x, y, weight, 8, False, None, config, parts, stream, workspace, steps)
+            cuda.launch(library, x, y, weight, (8, False, False), None, config, parts, stream, workspace, steps)
 
         run(weights[0], cuda.QUANTIZE)
         return [partial(run, weight, cuda.MULTIPLY) for weight in weights]

@@ -247,7 +247,7 @@ class Store:
         assign(block, without_codes(tensors, linears) | {f"{name}.weight": from_int(*pair) for name, pair in codes.items()})
         for name, linear in linears.items():
             linear.in_scale = in_scales[name]
-            linear.freeze(recipe.act_bits, recipe.act_pertoken)
+            linear.freeze(recipe.acts)
             if self.kernel and computes_integers(recipe):
                 block.set_submodule(name, IntLinear(linear, *codes[name], self.kernel))
         return block
@@ -262,7 +262,7 @@ class Store:
             if (s := scales[group.linears[0]]) is not None:
                 fold_group(block, group, linears, self.original.config, s)
         for linear in linears.values():
-            linear.freeze(self.recipe.act_bits, self.recipe.act_pertoken)
+            linear.freeze(self.recipe.acts)
         return block
 
     def rest(self, names):

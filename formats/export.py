@@ -43,7 +43,7 @@ def compressed_tensors_config(model, recipe):
     quantized = tuple(f".{name}" for group in FAMILIES[model.config.model_type].groups for name in group.linears)
     weights = {"num_bits": recipe.wbits, "type": "int", "symmetric": recipe.sym}
     weights |= {"strategy": "channel"} if recipe.groupsize == -1 else {"strategy": "group", "group_size": recipe.groupsize}
-    acts = {"num_bits": recipe.act_bits, "type": "int", "symmetric": False, "dynamic": True}
+    acts = {"num_bits": recipe.act_bits, "type": "int", "symmetric": recipe.act_sym, "dynamic": True}
     acts |= {"strategy": "token" if recipe.act_pertoken else "tensor"}
     scheme = {
         "targets": ["Linear"],

@@ -27,13 +27,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Activations
 
 
-def act_codes(x, bits, per_token=False, lengths=None):
-    """Codes of x (B, T, C) on an asymmetric min-max grid of its own, per sequence (T, C) or per token (C,): x ~ scale * (codes - zero).
+def act_codes(x, bits, per_token=False, sym=False, lengths=None):
+    """Codes of x (B, T, C) on a min-max grid of its own, per sequence (T, C) or per token (C,): x ~ scale * (codes - zero).
 
     Returns codes (B, T, C) float32, whole numbers of 0 to 2^bits - 1; scale, zero (B, 1, 1), or (B, T, 1) per token, float32.  Computed
-    in float32 whatever the type of x.  The range includes 0, so 0 <= zero <= 2^bits - 1.  lengths (B,): a sequence's range is that of its
-    first `lengths[b]` tokens; those behind are clamped to it.  Method notes: the paper calls one scale per sequence "per tensor" and
-    reduces over a batch of one; here a result never depends on the batch.
+    in float32 whatever the type of x.  The range includes 0, so 0 <= zero <= 2^bits - 1.  sym: the range is -max|x| to max|x|, and zero
+    2^(bits - 1), as in compressed-tensors: a step is max|x| / 127.5 at 8 bits, where vLLM's own int8 quantizer has max|x| / 127.  lengths
+    (B,): a sequence's range is that of its first `lengths[b]` tokens; those behind are clamped to it.  Method notes: the paper calls one
+    scale per sequence "per tensor" and reduces over a batch of one; here a result never depends on the batch.
     """
     x = x.float()
     if lengths is not None and not per_token:
@@ -43,9 +44,12 @@ def act_codes(x, bits, per_token=False, lengths=None):
         seen = x
     dims = -1 if per_token else (-2, -1)
     lo, hi = seen.amin(dims, keepdim=True).clamp_(max=0), seen.amax(dims, keepdim=True).clamp_(min=0)
+    if sym:
+        hi = torch.maximum(hi, -lo)
+        lo = -hi
     scale = (hi - lo) / torch.full_like(hi, 2**bits - 1)  # by a number, PyTorch on a GPU would multiply with the reciprocal
     scale.masked_fill_(scale == 0, 1)
-    zero = torch.round(-lo / scale)
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-lo / scale)
     return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1), scale, zero
 
 
@@ -134,14 +138,14 @@ def prepare(q, scale, zero, groupsize=-1, bias=None):
 # The op
 
 
-def w4a8_linear(x, weight, act_bits=8, per_token=False, lengths=None, kernel=None):
+def w4a8_linear(x, weight, act_bits=8, per_token=False, sym=False, lengths=None, kernel=None):
     """y (B, T, R) = quant(x) @ W.T + bias in exact integer arithmetic, in the type of x.
 
-    x (B, T, C) contiguous, float16, bfloat16 or float32.  weight: of `prepare`, on the device of x.  act_bits 2 to 8, per_token and lengths
-    (B,) int32 or int64 as in `act_codes`.  kernel "cuda" or "torch"; None: "cuda" on a GPU, "torch" elsewhere.  Never waits for a GPU.
-    Raises ValueError that names what is wrong: shape, type, stride, device, alignment or layout.
+    x (B, T, C) contiguous, float16, bfloat16 or float32.  weight: of `prepare`, on the device of x.  act_bits 2 to 8; per_token, sym and
+    lengths (B,) int32 or int64 as in `act_codes`.  kernel "cuda" or "torch"; None: "cuda" on a GPU, "torch" elsewhere.  Never waits for a
+    GPU.  Raises ValueError that names what is wrong: shape, type, stride, device, alignment or layout.
     """
-    return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, lengths, kernel)
+    return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, sym, lengths, kernel)
 
 
 def _wrong(x, weight, act_bits, lengths, kernel):
@@ -202,12 +206,12 @@ def _exact_matmul(q, w):
 
 def _torch_linear(x, *args):
     """The op in PyTorch, on any device: the definition that the kernels are held to."""
-    weight, act_bits, per_token, lengths, kernel = Weight(*args[:-4]), *args[-4:]
+    weight, act_bits, per_token, sym, lengths, kernel = Weight(*args[:-5]), *args[-5:]
     _check(x, weight, act_bits, lengths, kernel)
     if kernel == "cuda" and x.device.type != "cuda":
         raise ValueError(f"w4a8_linear: kernel cuda, but x is on {x.device}")
     rows = weight.rows
-    q, x_scale, x_zero = act_codes(x, act_bits, per_token, lengths)
+    q, x_scale, x_zero = act_codes(x, act_bits, per_token, sym, lengths)
     w, x_zero = unpack_w4(weight.packed)[:rows, : weight.columns], x_zero.int()
     y = torch.zeros(*x.shape[:2], rows, device=x.device)
     groups = (p[:, :rows] for p in (weight.scale, weight.zero, weight.colsum))
@@ -218,17 +222,17 @@ def _torch_linear(x, *args):
 
 
 def _cuda_linear(x, *args):
-    weight, act_bits, per_token, lengths, kernel = Weight(*args[:-4]), *args[-4:]
+    weight, act_bits, per_token, sym, lengths, kernel = Weight(*args[:-5]), *args[-5:]
     if kernel == "torch":
         return _torch_linear(x, *args)
     _check(x, weight, act_bits, lengths, kernel)
     from kernels import cuda
 
-    return cuda.linear(x, weight, act_bits, per_token, lengths)
+    return cuda.linear(x, weight, act_bits, per_token, sym, lengths)
 
 
 def _fake_linear(x, *args):
-    weight, act_bits, _, lengths, kernel = Weight(*args[:-4]), *args[-4:]
+    weight, act_bits, _, _, lengths, kernel = Weight(*args[:-5]), *args[-5:]
     _check(x, weight, act_bits, lengths, kernel)
     return x.new_empty(*x.shape[:2], weight.rows)
 
@@ -258,7 +262,7 @@ def select(kind, device):
 _library = torch.library.Library("awrq", "DEF")
 _library.define(
     "w4a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor colsum, Tensor bias, int rows, int columns, int groupsize, "
-    "int layout, int act_bits, bool per_token, Tensor? lengths, str? kernel) -> Tensor"
+    "int layout, int act_bits, bool per_token, bool sym, Tensor? lengths, str? kernel) -> Tensor"
 )
 _library.impl("w4a8_linear", _torch_linear, "CPU")
 _library.impl("w4a8_linear", _cuda_linear, "CUDA")

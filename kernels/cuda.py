@@ -33,7 +33,10 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ["x", "lengths", "weight", "scale", "zero", "colsum", "bias", "y", "workspace", "stream"]),
         ("workspace_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "config", "splits", "steps"]),
+        *(
+            (name, ctypes.c_int)
+            for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "sym", "config", "splits", "steps"]
+        ),
     ]
 
 
@@ -119,15 +122,16 @@ def dispatch(device, tokens, rows, columns, groupsize):
 # The call
 
 
-def launch(library, x, y, weight, act_bits, per_token, lengths, config, parts, stream, empty, steps=BOTH):
-    """y (B, T, R) from x (B, T, C) by one configuration.  stream: its address.  empty(bytes): memory for the way, of any contents.
+def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, steps=BOTH):
+    """y (B, T, R) from x (B, T, C) by one configuration.
 
-    steps: MULTIPLY takes the codes of x that a QUANTIZE, the same call otherwise, left in that memory.  Raises ValueError for what the
-    kernels refuse, RuntimeError for an error of CUDA.
+    acts: (act_bits, per_token, sym); stream: its address; empty(bytes): memory for the way, of any contents; steps: MULTIPLY takes the
+    codes of x that a QUANTIZE, the same call otherwise, left in that memory.  Raises ValueError for what the kernels refuse, RuntimeError
+    for an error of CUDA.
     """
     call = Call(
         x.data_ptr(), None if lengths is None else lengths.data_ptr(), *(p.data_ptr() for p in weight[:5]), y.data_ptr(), None, stream, 0,
-        TYPES[x.dtype], x.shape[0], x.shape[1], weight.columns, weight.rows, weight.groupsize, 2**act_bits - 1, per_token,
+        TYPES[x.dtype], x.shape[0], x.shape[1], weight.columns, weight.rows, weight.groupsize, 2 ** acts[0] - 1, *acts[1:],
         CONFIG_NUMBERS[config], parts, steps,
     )  # fmt: skip
     call.workspace_bytes = library.awrq_workspace(ctypes.byref(call))
@@ -143,7 +147,7 @@ def launch(library, x, y, weight, act_bits, per_token, lengths, config, parts, s
     return y
 
 
-def linear(x, weight, act_bits, per_token, lengths):
+def linear(x, weight, act_bits, per_token, sym, lengths):
     """The op on a GPU, on its current stream, for checked arguments."""
     if weight.groupsize < weight.columns and (weight.groupsize % 64 or weight.groupsize > 1024):
         raise UsageError(
@@ -156,8 +160,7 @@ def linear(x, weight, act_bits, per_token, lengths):
             x,
             x.new_empty(*x.shape[:2], weight.rows),
             weight,
-            act_bits,
-            per_token,
+            (act_bits, per_token, sym),
             None if lengths is None else lengths.int(),
             config,
             parts,

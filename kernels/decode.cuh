@@ -36,7 +36,7 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
     if (!a.per_token) first = m / a.T * a.T, last = first + counted_rows(a, m / a.T);
     int lo = 0, hi = 0;  // ordered(0)
     for (int i = first * D::WARPS; i < last * D::WARPS; ++i) lo = min(lo, ranges[2 * i]), hi = max(hi, ranges[2 * i + 1]);
-    Grid grid({unordered(lo), unordered(hi)}, a.levels);
+    Grid grid({unordered(lo), unordered(hi)}, a);
     if (threadIdx.x == 0) out.scale[m] = grid.scale, out.zero[m] = grid.zero_code(a.levels);
     const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K;
     for (int i = 8 * threadIdx.x; i < a.Kp; i += 8 * D::THREADS)

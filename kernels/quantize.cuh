@@ -1,4 +1,4 @@
-// codes[M,Kp] = quant(x[M,K]): u8, asymmetric min-max, the range includes 0; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
+// codes[M,Kp] = quant(x[M,K]): u8, min-max, the range includes 0 or is symmetric about it; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
 // The same arithmetic as act_codes in __init__.py, operation by operation.
 #pragma once
 #include "ptx.cuh"
@@ -11,6 +11,7 @@ struct Activations {
   int type, B, T, K, Kp;
   int levels;  // largest code, 2^bits - 1
   int per_token;
+  int sym;  // whether the range is -max|x| to max|x|
 };
 
 struct Codes {
@@ -37,10 +38,11 @@ DEVICE Range warp_range(Range r) { return {unordered(warp_min(ordered(r.lo))), u
 
 struct Grid {
   float scale, zero;
-  DEVICE Grid(Range r, int levels) {
-    scale = divide(add(r.hi, -r.lo), static_cast<float>(levels));
+  DEVICE Grid(Range r, const Activations& a) {
+    if (a.sym) r.hi = max_or_nan(-r.lo, r.hi), r.lo = -r.hi;
+    scale = divide(add(r.hi, -r.lo), static_cast<float>(a.levels));
     if (scale == 0) scale = 1;
-    zero = rintf(divide(-r.lo, scale));
+    zero = a.sym ? static_cast<float>((a.levels + 1) / 2) : rintf(divide(-r.lo, scale));
   }
   DEVICE uint32_t code(float x, int levels) const {
     return static_cast<uint32_t>(fminf(fmaxf(add(rintf(divide(x, scale)), zero), 0), static_cast<float>(levels)));
@@ -145,7 +147,7 @@ quantize_kernel(Activations a, const float2* ranges, int parts, Codes out, uint3
       r = {fminf(r.lo, part.x), max_or_nan(r.hi, part.y)};
     }
   }
-  Grid grid(block_range(r, sums + groups), a.levels);  // waits for all threads, sums are cleared too
+  Grid grid(block_range(r, sums + groups), a);  // waits for all threads, sums are cleared too
   if (threadIdx.x == 0) out.scale[row] = grid.scale, out.zero[row] = grid.zero_code(a.levels);
 
   for (int first = 0; first < a.Kp; first += 8 * blockDim.x) {  // whole warps go round, as they add up together

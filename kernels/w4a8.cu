@@ -19,6 +19,7 @@ struct Call {  // the same fields in the same order as Call in cuda.py
   int groupsize;            // K: one scale for a whole row
   int levels;               // 2^bits - 1
   int per_token;
+  int sym;                  // activations: the range is -max|x| to max|x|
   int config;               // Config
   int splits;               // blocks that share the columns of a tile
   int steps;                // Steps
@@ -203,7 +204,7 @@ int awrq_linear(const Call* call) {
   Plan p(c);
   if (int refused = check_pointers(c, p)) return refused;
   uint8_t* memory = static_cast<uint8_t*>(c.workspace);
-  Activations a{c.x, c.lengths, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token};
+  Activations a{c.x, c.lengths, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token, c.sym};
   Codes codes{memory + p.codes, reinterpret_cast<float*>(memory + p.x_scale), reinterpret_cast<int*>(memory + p.x_zero),
               reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize};
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);

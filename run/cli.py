@@ -175,6 +175,7 @@ def add_method_flags(group):
         help="shrink each weight range to what costs least: mse, by the weights' own errors; hessian, by those of outputs (default none)",
     )
     group.add_argument(
+    group.add_argument("--act_sym", action=SWITCH, default=False, help="symmetric activation grid (default asymmetric)")
         "--bias_correction", action=SWITCH, default=False, help="where there is a bias, take the mean error of the output into it"
     )
 
@@ -376,7 +377,7 @@ def make_recipe(values, typed):
         (True in method.smooth or not values["smooth"], "smooth", ("smooth",)),
         (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
         (True in method.acts, "quantize activations", ("act_quant",)),
-        (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken")),
+        (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken", "act_sym")),
     ):
         for flag in flags if not usable else ():
             if flag in typed and (flag, typed[flag]) not in NOTHING:

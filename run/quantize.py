@@ -41,7 +41,7 @@ def output_error(W, x, linear, shift=0):
     shift (R,): what was added to the bias.
     """
     y = x.float() @ W.T
-    xq = quant.fake_quant_act(x[None], linear.act_bits, linear.per_token)[0]
+    xq = quant.fake_quant_act(x[None], *linear.acts)[0]
     lost, whole = (torch.linalg.vector_norm(v, dtype=torch.float64).item() for v in (y - shift - xq.float() @ linear.weight.float().T, y))
     return (lost / whole) ** 2 if whole else 0.0
 
@@ -126,7 +126,7 @@ class BlockQuantizer:
             if means and linear.bias is not None:
                 shift = means.correction(W, linear.weight)
                 linear.bias += shift
-            linear.freeze(self.recipe.act_bits, self.recipe.act_pertoken)
+            linear.freeze(self.recipe.acts)
             self.layers.append(Layer(self.i, n, output_error(W, sample.x[0], linear, shift)))
 
     def finished_part(self, step):

@@ -47,13 +47,13 @@ def codes(w, scale, zero, bits):
     return (torch.round(w / scale) + zero).clamp(0, 2**bits - 1)
 
 
-def fake_quant_act(x, bits, per_token=False):
+def fake_quant_act(x, bits, per_token=False, sym=False):
     """x (B, T, C) in float64, one sequence or token at a time."""
     out = x.to(torch.float64, copy=True)
     if bits >= 16:
         return out
     for share in (part for sequence in out for part in (sequence if per_token else [sequence])):
-        scale, zero = grid(share, bits)
+        scale, zero = grid(share, bits, sym)
         share.copy_((codes(share, scale, zero, bits) - zero) * scale)
     return out
 

@@ -34,14 +34,14 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("per_token", "sym"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("act_bits", [4, 8])
-def test_moments(act_bits, per_token, at_once):
+def test_moments(act_bits, per_token, sym, at_once):
     _, X = reference.layer(1, 64, tokens=256)
-    stats = awrq.Moments(64, Recipe(act_bits=act_bits, act_pertoken=per_token), "cpu")
+    stats = awrq.Moments(64, Recipe(act_bits=act_bits, act_pertoken=per_token, act_sym=sym), "cpu")
     for x in X.split(len(X) if at_once else 1):
         stats.add(x)
-    xq = fake_quant_act(X, act_bits, per_token)  # test_quant.py holds it against a loop
+    xq = fake_quant_act(X, act_bits, per_token, sym)  # test_quant.py holds it against a loop
     x, xq = X.flatten(0, 1).double(), xq.flatten(0, 1).double()
     assert stats.H.dtype == stats.M.dtype == torch.float32
     assert relative(stats.H, xq.T @ xq) < 1e-6

@@ -238,7 +238,7 @@ def test_library_without_a_gpu_says_so(compiled, arch):
 
     for config in ("decode_fused", "decode", "128x64"):
         with pytest.raises(RuntimeError, match=f"{config}: CUDA: .*(driver|device)"):
-            cuda.launch(library, x, x.new_empty(1, 2, 32), weight, 8, False, None, config, 1, None, empty)
+            cuda.launch(library, x, x.new_empty(1, 2, 32), weight, (8, False, False), None, config, 1, None, empty)
 
 
 def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, monkeypatch):

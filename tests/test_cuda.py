@@ -56,7 +56,7 @@ def guarded(library, tensor, align=16):
     return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def emulate(library, x, weight, config, parts, bits=8, per_token=False, lengths=None, reverse=False, eager=False):
+def emulate(library, x, weight, config, parts, bits=8, per_token=False, sym=False, lengths=None, reverse=False, eager=False):
     """y of one configuration.  All it reads ends at a guard; the workspace and y start as garbage."""
     weight = kernels.Weight(*(guarded(library, v) if isinstance(v, torch.Tensor) else v for v in weight))
     y = guarded(library, torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype))
@@ -66,7 +66,7 @@ def emulate(library, x, weight, config, parts, bits=8, per_token=False, lengths=
     def empty(size):
         return guarded(library, torch.full((size,), 255, dtype=torch.uint8), 256)
 
-    return cuda.launch(library, guarded(library, x), y, weight, bits, per_token, lengths, config, parts, None, empty)
+    return cuda.launch(library, guarded(library, x), y, weight, (bits, per_token, sym), lengths, config, parts, None, empty)
 
 
 def assert_equal_to_op(y, x, weight, *settings):
@@ -91,10 +91,11 @@ def test_kernels_equal_op(emulated, config, groupsize, reverse_eager):
     """Every configuration: types, per sequence and token, padded columns, rows and sequences, split and not, whichever warp is first."""
     R = 250 if config == "256x128" else 104
     cases = [
-        (activations(2, 5, 256, torch.float16), 8, False, None),
-        (activations(1, 3, 200, torch.bfloat16), 8, True, None),
-        (activations(3, 4, 328, torch.float32), 6, False, torch.tensor([4, 2, 0])),
-        (activations(9, 1, 130, torch.float16), 8, False, torch.tensor([1] * 8 + [0])),
+        (activations(2, 5, 256, torch.float16), 8, False, False, None),
+        (activations(1, 3, 200, torch.bfloat16), 8, True, False, None),
+        (activations(2, 4, 200, torch.float16), 8, True, True, None),
+        (activations(3, 4, 328, torch.float32), 6, False, True, torch.tensor([4, 2, 0])),
+        (activations(9, 1, 130, torch.float16), 8, False, False, torch.tensor([1] * 8 + [0])),
     ]
     for i, (x, *settings) in enumerate(cases):
         weight = prepared(R - (i == 1), x.shape[2], groupsize)
@@ -207,7 +208,16 @@ def test_a_tensor_off_its_alignment_is_named(emulated, name):
     x, y, weight = tensors.pop("x"), torch.empty(1, 3, 32, dtype=torch.float16), kernels.Weight(**tensors)
     with pytest.raises(ValueError, match=f"decode: {name} is null or not aligned to 16 bytes"):
         cuda.launch(
-            emulated, x, y, weight, 8, False, None, "decode", 1, None, lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256)
+            emulated,
+            x,
+            y,
+            weight,
+            (8, False, False),
+            None,
+            "decode",
+            1,
+            None,
+            lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256),
         )
 
 
@@ -233,7 +243,7 @@ def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
     x, weight = guarded(emulated, x), kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in weight))
     for steps in (cuda.QUANTIZE, cuda.MULTIPLY, cuda.MULTIPLY):
         y = guarded(emulated, torch.full((1, 5, 104), float("nan"), dtype=x.dtype))
-        cuda.launch(emulated, x, y, weight, 8, False, None, config, parts, None, lambda n: memory, steps)
+        cuda.launch(emulated, x, y, weight, (8, False, False), None, config, parts, None, lambda n: memory, steps)
         assert y.isnan().all() if steps == cuda.QUANTIZE else torch.equal(y, kernels.w4a8_linear(x, weight))
 
 
@@ -245,7 +255,7 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
 
     (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
-    assert right == {"check": "few", "cases": 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
+    assert right == {"check": "few", "cases": 4 * len(cuda.CONFIGS), "wrong": [], "error": None}
 
     def broken(library, device):
         yield "one case", True
@@ -268,9 +278,9 @@ def stand_in(emulated, monkeypatch):
     """The op's CUDA implementation, for tensors in host memory: the configurations that the emulator ran."""
     launched = []
 
-    def launch(library, x, y, weight, bits, per_token, lengths, config, *how, launch=cuda.launch):
+    def launch(library, x, y, weight, acts, lengths, config, *how, launch=cuda.launch):
         launched.append(config)
-        return launch(library, x, y, weight, bits, per_token, lengths, config, *how)
+        return launch(library, x, y, weight, acts, lengths, config, *how)
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "library", lambda device: emulated)
@@ -433,7 +443,7 @@ def test_select_says_what_runs(monkeypatch):
 
 def test_groups_that_the_kernels_lack_are_named():
     with pytest.raises(ValueError, match="groupsize 24: the CUDA kernels take multiples of 64 up to 1024"):
-        cuda.linear(activations(1, 1, 100), prepared(32, 100, 24), 8, False, None)
+        cuda.linear(activations(1, 1, 100), prepared(32, 100, 24), 8, False, False, None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: scripts/gpu_check.sh is the whole test on one")

@@ -31,7 +31,7 @@ def prepared(R, C, groupsize=-1, **how):
     return kernels.prepare(q, grid.scale, grid.zero, groupsize, bias)
 
 
-def by_loops(x, q, grid, bias, groupsize, bits, per_token, lengths):
+def by_loops(x, q, grid, bias, groupsize, bits, per_token, sym, lengths):
     """The op as one would write it down: int64 sums of (qx - zx) (qw - zw), token by token, group by group.  (B, T, R) float32."""
     x, q, bias = x.float().numpy(), q.numpy().astype(np.int64), bias.numpy()
     scale, zero = grid.scale.numpy(), grid.zero.numpy().astype(np.int64)
@@ -40,8 +40,10 @@ def by_loops(x, q, grid, bias, groupsize, bits, per_token, lengths):
     for b, t in np.ndindex(x.shape[:2]):
         counted = x[b, t] if per_token else x[b, : x.shape[1] if lengths is None else lengths[b]]
         lo, hi = min(counted.min(initial=0), 0), max(counted.max(initial=0), 0)
+        if sym:
+            lo, hi = -max(-lo, hi), max(-lo, hi)
         step = (np.float32(hi) - np.float32(lo)) / np.float32(2**bits - 1) or np.float32(1)
-        offset = np.rint(-np.float32(lo) / step)
+        offset = 2 ** (bits - 1) if sym else np.rint(-np.float32(lo) / step)
         codes = np.clip(np.rint(x[b, t] / step) + offset, 0, 2**bits - 1).astype(np.int64) - int(offset)
         for g, k in enumerate(range(0, q.shape[1], groupsize)):
             part = slice(k, k + groupsize)
@@ -126,15 +128,16 @@ def test_fragments_multiply_exactly_in_both_roles():
 # The op in PyTorch
 
 
+@pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("groupsize", [-1, 64, 24, 7, 1])
 @pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float16), (8, torch.bfloat16), (8, torch.float32), (5, torch.float32)])
-def test_op_equals_int64_loops(groupsize, per_token, bits, dtype):
+def test_op_equals_int64_loops(groupsize, per_token, sym, bits, dtype):
     q, grid, bias = quantized(33, 100, groupsize)
     x, lengths = activations(3, 4, 100, dtype), torch.tensor([4, 2, 0])
-    y = kernels.w4a8_linear(x, kernels.prepare(q, grid.scale, grid.zero, groupsize, bias), bits, per_token, lengths)
+    y = kernels.w4a8_linear(x, kernels.prepare(q, grid.scale, grid.zero, groupsize, bias), bits, per_token, sym, lengths)
     assert y.dtype == dtype
-    assert torch.equal(y, by_loops(x, q, grid, bias, groupsize, bits, per_token, lengths).to(dtype))
+    assert torch.equal(y, by_loops(x, q, grid, bias, groupsize, bits, per_token, sym, lengths).to(dtype))
 
 
 @pytest.mark.parametrize("columns", [4095, 4096, 4097, 36864, kernels.MAX_COLUMNS])
@@ -174,7 +177,7 @@ def test_lengths_leave_padding_out():
         alone = kernels.act_codes(x[b : b + 1, :n], 8)
         assert torch.equal(codes[b, :n], alone[0][0]) and torch.equal(scale[b], alone[1][0]) and torch.equal(zero[b], alone[2][0])
     assert codes.min() >= 0 and codes.max() <= 255
-    assert torch.equal(kernels.act_codes(x, 8, True, lengths)[0], kernels.act_codes(x, 8, True)[0])
+    assert torch.equal(kernels.act_codes(x, 8, True, lengths=lengths)[0], kernels.act_codes(x, 8, True)[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -197,7 +200,7 @@ class Layer(nn.Module):
 def test_op_is_one_that_pytorch_can_compile():
     weight, x = prepared(48, 100, 64), activations(2, 3, 100)
     for per_token, lengths in ((False, torch.tensor([3, 1])), (True, None)):
-        torch.library.opcheck(torch.ops.awrq.w4a8_linear.default, (x, *weight, 8, per_token, lengths, None))
+        torch.library.opcheck(torch.ops.awrq.w4a8_linear.default, (x, *weight, 8, per_token, False, lengths, None))
     compiled = torch.compile(Layer(weight), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), Layer(weight)(x))
     assert torch.equal(compiled(x[:, :2]), Layer(weight)(x[:, :2]))

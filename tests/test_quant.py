@@ -31,7 +31,7 @@ def quant_linear(linear, batch_size, act_bits=8, per_token=False):
     batch = Batch()
     batch.size = batch_size
     layer = QuantLinear(linear, batch)
-    layer.freeze(act_bits, per_token)
+    layer.freeze((act_bits, per_token, False))
     return layer
 
 
@@ -111,13 +111,17 @@ def test_what_lies_beyond_the_grid_is_clamped():
 # Activations
 
 
+@pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("shift", [0, 20, -20])  # of both signs, all positive, all negative
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_activations_against_the_loop(bits, shift, per_token):
+def test_activations_against_the_loop(bits, shift, per_token, sym):
     x = activations(3, 5, 32) + shift
-    xq = fake_quant_act(x, bits, per_token)
-    torch.testing.assert_close(xq, reference.fake_quant_act(x, bits, per_token).float(), rtol=1e-5, atol=1e-5)
+    xq, expected = fake_quant_act(x, bits, per_token, sym), reference.fake_quant_act(x, bits, per_token, sym).float()
+    size = x.abs()
+    tie = sym & (size == size.amax(-1 if per_token else (1, 2), keepdim=True))  # the largest lies half a step from two points of its grid
+    torch.testing.assert_close(xq.masked_fill(tie, 0), expected.masked_fill(tie, 0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(size[tie] / (xq - x)[tie].abs(), torch.full_like(x[tie], 2**bits - 1), rtol=1e-2, atol=0)
     assert not torch.equal(xq, x)
 
 
@@ -192,7 +196,7 @@ def test_a_settled_quant_linear_by_hand(bias, in_scale, per_token, flat):
 def test_settling_gives_back_the_type_of_the_model():
     layer = QuantLinear(nn.Linear(8, 4).half(), Batch())
     assert layer.weight.dtype == layer.bias.dtype == torch.float32
-    layer.freeze(8, False)
+    layer.freeze((8, False, False))
     assert layer.weight.dtype == layer.bias.dtype == torch.float16
 
 
@@ -213,7 +217,7 @@ def test_a_copied_block_keeps_its_own_batch(by_keyword):
     original, x = Flattening(), activations(4, 6, 16)
     batch = Batch()
     for layer in replace_linears(original, ("fc1", "fc2"), batch).values():
-        layer.freeze(4, False)
+        layer.freeze((4, False, False))
 
     def run(block, x):
         return block(hidden_states=x) if by_keyword else block(x)

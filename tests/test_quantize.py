@@ -233,7 +233,7 @@ def test_what_is_stored_is_what_the_model_computes_with(recipe):
         for name in names:
             linear = block.get_submodule(name)
             assert isinstance(linear, QuantLinear) and not linear._forward_pre_hooks
-            assert linear.act_bits == recipe.act_bits and linear.per_token == recipe.act_pertoken
+            assert linear.acts == recipe.acts
             if (i, name) in codes:
                 q, grid = codes[i, name]
                 R, C = before[f"{i}.{name}"].weight.shape
