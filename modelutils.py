@@ -37,18 +37,42 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """Who reads and who writes the residual stream, so that it can be rotated: see rotate.py."""
+
+    embeddings: tuple[str, ...]  # modules whose rows are added up to the stream
+    final_norm: str
+    head: str
+    norms: tuple[str, ...]  # of a block: producers of the groups that read the stream
+    writers: tuple[str, ...]  # linears of a block that add to it
+    values: tuple[str, str]  # the linear that makes the values, and the one that reads them after attention has mixed them
+    centered: bool = False  # whether the norms subtract the mean
+    obstacle: Callable = lambda config: None  # why a model has another function when it is rotated
+
+
+@dataclass(frozen=True)
 class Family:
     """What one script knows of a model: where its decoder blocks are, and which linears of a block read the same input."""
 
     script: str  # the one that takes it
     blocks: str  # the list of decoder blocks
     groups: tuple[Group, ...]  # in the order of execution
+    residual: Residual
     flat: tuple[str, ...] = ()  # linears that read (B * T, C)
 
 
 def opt_pre_norm(config):
     """OPT-350m normalises after the residual sum: its norms feed the residual too, and can absorb nothing."""
     return config.do_layer_norm_before and config.layer_norm_elementwise_affine
+
+
+def opt_obstacle(config):
+    """What a rotation of OPT's stream would change."""
+    if not config.do_layer_norm_before or getattr(config, "_remove_final_layer_norm", False):
+        return "this model normalizes after the residual sum"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "this model projects its embedding"
+    return None
 
 
 def value_rows(config):
@@ -67,6 +91,14 @@ LLAMA = Family(  # an RMSNorm feeds nothing else, v is linear, and up is multipl
         Group("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         Group("mlp.up_proj", ("mlp.down_proj",)),
     ),
+    residual=Residual(
+        embeddings=("model.embed_tokens",),
+        final_norm="model.norm",
+        head="lm_head",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        values=("self_attn.v_proj", "self_attn.o_proj"),
+    ),
 )
 
 FAMILIES = {  # by config.model_type
@@ -82,6 +114,16 @@ FAMILIES = {  # by config.model_type
             Group("self_attn.v_proj", ("self_attn.out_proj",)),
             Group("final_layer_norm", ("fc1",), opt_pre_norm),
             Group("fc1", ("fc2",), lambda config: config.activation_function == "relu"),  # relu(s x) = s relu(x)
+        ),
+        residual=Residual(
+            embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+            final_norm="model.decoder.final_layer_norm",
+            head="lm_head",
+            norms=("self_attn_layer_norm", "final_layer_norm"),
+            writers=("self_attn.out_proj", "fc2"),
+            values=("self_attn.v_proj", "self_attn.out_proj"),
+            centered=True,
+            obstacle=opt_obstacle,
         ),
         flat=("fc1", "fc2"),
     ),

@@ -145,7 +145,7 @@ def add_flags(parser, smallest_scale, corpora):
         help="hub name or local folder with config.json, tokenizer and weights; --load needs none",
     )
     add_method_flags(parser.add_argument_group("method"))
-    add_smoothing_flags(parser.add_argument_group("smoothing"), smallest_scale)
+    add_smoothing_flags(parser.add_argument_group("rotation and smoothing"), smallest_scale)
     add_solver_flags(parser.add_argument_group("solver (gptq, awrq)"))
     add_data_flags(parser.add_argument_group("data"))
     add_evaluation_flags(parser.add_argument_group("evaluation"), corpora)
@@ -190,6 +190,9 @@ def add_smoothing_flags(group, smallest_scale):
         help="smallest smoothing scale (default %(default)s; opt.py 0.1, main.py 0.01, as in the paper)",
     )
     group.add_argument(
+    group.add_argument(
+        "--rotate", action=SWITCH, default=False, help="rotate the residual stream and the heads of values first: same function"
+    )
         "--smooth_search",
         action=SWITCH,
         default=False,
@@ -227,7 +230,7 @@ def add_data_flags(group):
     group.add_argument("--calib_data", default="c4", metavar="CORPUS", help="c4 (default), wikitext2, ptb, or a folder of --data_dir")
     group.add_argument("--nsamples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     group.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per sequence (default: the model's context, at most 2048)")
-    group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw (default 0)")
+    group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw and of the rotation (default 0)")
     group.add_argument(
         "--data_dir", type=path, metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded"
     )
@@ -389,6 +392,7 @@ def make_recipe(values, typed):
     if method.weights and values["wbits"] == 16:
         raise UsageError(f"--method {values['method']} quantizes weights: give --wbits, 2 to 8")
     if not method.weights and (writes := [flag for flag in ("save", "checkpoint_dir", "export") if values[flag]]):
+        (method.weights or acts, "quantize anything", ("rotate",)),
         raise UsageError(
             f"{shown(writes[0])}: --method {values['method']} rounds no weights, so there is nothing to pack; choose one that does"
         )

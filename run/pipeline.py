@@ -18,6 +18,7 @@ from formats.resume import ResumableStore, abbreviate, describe_config, differen
 from formats.shards import new_folder
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
 from recipe import Recipe, UsageError
+from rotate import check_rotation, rotated, untying
 from run.quantize import calibration_place, quantize_blocks
 from run.report import report, show
 from runtime import Clock, find_device, map_large_tensors, release, write_json
@@ -90,6 +91,8 @@ def to_quantize(run):
         raise UsageError(f"{run.model} is quantized already; give the original, or --load for what --save wrote")
     context = config.max_position_embeddings
     recipe = with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
+    if recipe.rotate:
+        check_rotation(config)
     return Subject(run.model, config, recipe, load_tokenizer(run.model))
 
 
@@ -97,7 +100,8 @@ def to_evaluate(run):
     """The Subject of a run that loads what --save wrote."""
     config, about = load_packed_config(run.load, run.script)
     original = load_config(run.model, run.script) if run.model else config
-    if other := list(differences(describe_config(config), describe_config(original))):
+    untied = {"tie_word_embeddings": False} if about["recipe"].rotate else {}
+    if other := list(differences(describe_config(config), describe_config(original) | untied)):
         raise UsageError(f"--load {run.load}: is not a checkpoint of {run.model}: {abbreviate(other)}")
     model = run.model or about.get("model", run.load)
     if run.compare_full and not is_original(model, run.script):
@@ -204,6 +208,10 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
     calibration: the protocol of ids.
     """
     recipe, layers = subject.recipe, []
+    if recipe.rotate:
+        decoder = rotated(decoder, recipe.seed)
+        if more := untying(decoder):
+            print(f"rotated: the head, tied to the embedding before, is a matrix of its own now and takes {more / 2**20:.1f} MiB")
     with ExitStack() as stack:
         partial = stack.enter_context(new_folder(run.save)) if run.save else None
         if run.checkpoint_dir:

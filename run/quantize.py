@@ -10,6 +10,7 @@ import quant
 from modelutils import sequences_place
 from quant import Batch, Grid, Means, from_int, replace_linears
 from recipe import METHODS
+from rotate import Rotated
 from run.calibrate import FirstSequences, Stream, observe, repeated
 from runtime import Clock
 from smoothquant import AbsMax, fold_group, search_scale, smooth_scale
@@ -166,6 +167,8 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     which gets every block and gives back those that it has.  place: where the sequences are kept, and the device that works (None: of
     calibration_place on a CPU).  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
+    if recipe.rotate != isinstance(decoder.source, Rotated):
+        raise ValueError("a recipe with rotate is of a decoder that rotate.rotated(decoder, recipe.seed) gave, and only that")
     place = place or calibration_place(decoder, ids, recipe, torch.device("cpu"))
     clock = clock or Clock(place.device)
     for i in range(store.finished):

@@ -91,9 +91,9 @@ for row in TINY.values():
 VARIANTS = [(family, variant) for family in FAMILIES for variant in TINY[family]["variants"]]
 
 
-def tiny_model(family="opt", variant="pre-norm", seed=0):
+def tiny_model(family="opt", variant="pre-norm", seed=0, **settings):
     """Two blocks, float32, in evaluation mode; random biases and norms too, and outlier channels as smoothing is made for."""
-    config = AutoConfig.for_model(family, **TINY[family]["settings"] | TINY[family]["variants"][variant])
+    config = AutoConfig.for_model(family, **TINY[family]["settings"] | TINY[family]["variants"][variant] | settings)
     model = AutoModelForCausalLM.from_config(config).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():

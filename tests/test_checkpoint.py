@@ -21,6 +21,7 @@ from formats.shards import new_folder
 from modelutils import decoder_of
 from quant import IntLinear, QuantLinear
 from recipe import Recipe, UsageError
+from rotate import rotated
 from run.quantize import quantize_blocks
 
 IDS, TEXT = token_ids(4, 16), token_ids(1, 320, seed=3)[0]
@@ -35,6 +36,7 @@ def saved(folder, model, settings=None, stored_dtype=None):
     """Quantize a model and save it: its Store, which reads from the folder."""
     decoder, chosen = decoder_of(model), recipe(**settings or {})
     decoder.stored_dtype = stored_dtype or decoder.stored_dtype
+    decoder = rotated(decoder, chosen.seed) if chosen.rotate else decoder
     with new_folder(folder) as partial:
         store = Store(decoder, chosen, partial)
         for _ in quantize_blocks(decoder, IDS, chosen, store):
@@ -97,10 +99,10 @@ OTHERS = [
     (TYPES[2], {"wbits": 8, "groupsize": 24}),
     (TYPES[1], {"method": "gptq", "act_bits": 16, "smooth": True}),
     (("opt", "bare"), {"method": "smoothquant", "smooth": True}),
-]
-
     (TYPES[2], {"rotate": True, "act_sym": True}),
     (TYPES[3], {"rotate": True, "act_pertoken": True, "act_sym": True, "smooth": True}),
+]
+
 
 def settings_id(value):
     return "-".join(map(str, value if isinstance(value, tuple) else value.items()))

@@ -12,7 +12,7 @@ FLOORS = (  # a room may import those above it; a folder is a room, but for form
     ("quant", "formats.shards", "formats.names"),
     ("gptq", "smoothquant", "formats.original"),
     ("awrq", "modelutils"),
-    ("formats.checkpoint", "evaluation"),
+    ("rotate", "formats.checkpoint", "evaluation"),
     ("formats.resume", "formats.export"),
     ("run",),
     ("opt", "main", "bench"),
