@@ -117,17 +117,20 @@ C4 = Corpus(
     eval_splits=("validation",),
     hub=lambda split: {"path": "allenai/c4", "data_files": {split: C4_SHARDS[split]}},
 )
-CORPORA = {  # ptb and c4 are the protocols of the paper's tables; -new are GPTQ's later ones, for evaluation only
-    "wikitext2": Corpus(
-        folder="wikitext2",
-        cut=Joined("\n\n"),
-        eval_splits=("test",),
-        row=lambda line: line if line.strip() else "",
-        hub=lambda split: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
-    ),
+WIKITEXT2 = Corpus(
+    folder="wikitext2",
+    cut=Joined("\n\n"),
+    eval_splits=("test",),
+    row=lambda line: line if line.strip() else "",
+    hub=lambda split: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+)
+CORPORA = {  # wikitext2, ptb and c4 are the protocols of the paper's tables; -new are GPTQ's later ones, for evaluation only
+    "wikitext2": WIKITEXT2,
+    "wikitext2-validation": replace(WIKITEXT2, calib_splits=(), eval_splits=("validation",)),  # to choose by
     "ptb": PTB,
     "ptb-new": replace(PTB, cut=Joined(" "), calib_splits=(), eval_splits=("test",)),
     "c4": C4,
+    "c4-joined": replace(C4, cut=Joined("\n")),  # all documents, short ones too
     "c4-new": replace(C4, cut=Joined(" ", n_rows=1100, n_windows=256), calib_splits=()),
 }
 
@@ -146,10 +149,10 @@ def calibration(name, tokenizer, nsamples, seqlen, seed=0, data_dir=None):
     return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
 
 
-def eval_tokens(name, tokenizer, seqlen, data_dir=None):
+def eval_tokens(name, tokenizer, seqlen, data_dir=None, windows=None):
     """The evaluation text: (ids (N,) int64, N >= seqlen, protocol: a dict for the results JSON).  The evaluator cuts windows of seqlen.
 
-    Arguments and errors are those of `calibration`.
+    windows: (first, end) of those that count; None: all.  Other arguments and errors are those of `calibration`.
     """
     assert seqlen > 0, f"{seqlen=}"
     corpus, split, file = _locate(name, "eval_splits", data_dir)
@@ -157,14 +160,22 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None):
     ids, rule = corpus.cut.tokens(rows, _encoder(tokenizer), seqlen, f"{name} {split}")
     if len(ids) < seqlen:
         raise UsageError(f"{name} {split} has {len(ids)} tokens, not one window of seqlen {seqlen}; use a shorter seqlen or more text")
-    return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
+    if windows is not None:
+        first, end = windows
+        if end > len(ids) // seqlen:
+            raise UsageError(
+                f"--eval_windows {first}:{end}: {name} {split} has {len(ids) // seqlen} windows of {seqlen} tokens; give fewer"
+            )
+        ids = ids[first * seqlen : end * seqlen]
+    used = {"corpus": name, "split": split, "source": source, "rule": rule, "seqlen": seqlen, "n_tokens": len(ids)}
+    return ids, used | ({} if windows is None else {"windows": f"{first} to {end - 1}"})
 
 
-def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None):
+def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None, eval_windows=None):
     """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
 
     recipe: a recipe.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
-    protocol.  clock: a runtime.Clock.  Raises what calibration and eval_tokens raise.
+    protocol.  clock: a runtime.Clock; eval_windows: see eval_tokens.  Raises what calibration and eval_tokens raise.
     """
     calibrates = recipe.method != "full" and calibration_done is None
     ids, used = None, calibration_done
@@ -172,7 +183,7 @@ def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None
         with clock("calibration"):
             ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, data_dir)
     with clock("evaluation"):
-        texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir) for name in corpora}
+        texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir, eval_windows) for name in corpora}
     protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in texts.items()}}
     return ids, {name: tokens for name, (tokens, _) in texts.items()}, protocol
 

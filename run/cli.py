@@ -20,6 +20,7 @@ class Run:
     seqlen: int | None  # tokens of a window; None: the recipe's with --load, else the model's context, at most 2048
     # what to evaluate, and on what
     corpora: tuple[str, ...]
+    eval_windows: tuple[int, int] | None  # (first, end) of each corpus; None: all
     data_dir: str | None
     compare_full: bool
     tasks: tuple[str, ...]  # names, wildcards or YAML files
@@ -109,6 +110,14 @@ def batch_size(number):
     return number if number == "auto" else positive(number)
 
 
+def window_range(text):
+    """(first, end) of "N" or "M:N"."""
+    first, end = map(not_negative, text.split(":")) if ":" in text else (0, positive(text))
+    if first >= end:
+        raise argparse.ArgumentTypeError(f"{text}: has no window")
+    return first, end
+
+
 def share(number):
     """A number of items, or a share of them between 0 and 1."""
     value = float(number)
@@ -166,6 +175,7 @@ def add_method_flags(group):
     group.add_argument("--act_bits", type=int, default=8, metavar="BITS", help="activation bits, 4 to 8 (default 8); 16 = not quantized")
     group.add_argument("--act_quant", action="store_true", help="gptq: quantize activations too (the other methods' is implied)")
     group.add_argument("--act_pertoken", action=SWITCH, default=False, help="one activation scale per token instead of per sequence")
+    group.add_argument("--act_sym", action=SWITCH, default=False, help="symmetric activation grid (default asymmetric)")
     group.add_argument("--groupsize", type=int, default=-1, metavar="COLUMNS", help="columns per weight scale; -1 = whole row (default)")
     group.add_argument("--sym", action="store_true", help="symmetric weight grid (default asymmetric)")
     group.add_argument(
@@ -175,12 +185,14 @@ def add_method_flags(group):
         help="shrink each weight range to what costs least: mse, by the weights' own errors; hessian, by those of outputs (default none)",
     )
     group.add_argument(
-    group.add_argument("--act_sym", action=SWITCH, default=False, help="symmetric activation grid (default asymmetric)")
         "--bias_correction", action=SWITCH, default=False, help="where there is a bias, take the mean error of the output into it"
     )
 
 
 def add_smoothing_flags(group, smallest_scale):
+    group.add_argument(
+        "--rotate", action=SWITCH, default=False, help="rotate the residual stream and the heads of values first: same function"
+    )
     group.add_argument("--smooth", action=SWITCH, help="smooth activations first (default: only smoothquant does)")
     group.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
     group.add_argument(
@@ -190,9 +202,6 @@ def add_smoothing_flags(group, smallest_scale):
         help="smallest smoothing scale (default %(default)s; opt.py 0.1, main.py 0.01, as in the paper)",
     )
     group.add_argument(
-    group.add_argument(
-        "--rotate", action=SWITCH, default=False, help="rotate the residual stream and the heads of values first: same function"
-    )
         "--smooth_search",
         action=SWITCH,
         default=False,
@@ -227,7 +236,9 @@ def add_solver_flags(group):
 
 
 def add_data_flags(group):
-    group.add_argument("--calib_data", default="c4", metavar="CORPUS", help="c4 (default), wikitext2, ptb, or a folder of --data_dir")
+    group.add_argument(
+        "--calib_data", default="c4", metavar="CORPUS", help="c4 (default), c4-joined, wikitext2, ptb, or a folder of --data_dir"
+    )
     group.add_argument("--nsamples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     group.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per sequence (default: the model's context, at most 2048)")
     group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw and of the rotation (default 0)")
@@ -241,7 +252,10 @@ def add_evaluation_flags(group, corpora):
         "--eval",
         default=corpora,
         metavar="CORPORA",
-        help=f"perplexity on these, comma list: wikitext2, ptb, c4, ptb-new, c4-new, folders of --data_dir (default {corpora or 'none'})",
+        help=f"perplexity on these, comma list: corpora of the README, folders of --data_dir (default {corpora or 'none'})",
+    )
+    group.add_argument(
+        "--eval_windows", type=window_range, metavar="N", help="only the first N windows of each corpus, or M:N, those from M to N - 1"
     )
     group.add_argument("--new-eval", action="store_true", help="ptb-new for ptb and c4-new for c4: GPTQ's later protocols, not the paper's")
     group.add_argument("--compare_full", action="store_true", help="evaluate the unquantized model too, corpora and tasks, in the same run")
@@ -342,6 +356,7 @@ def check_needs(values, typed):
         ("benchmark", "--eval, whose first corpus it decodes", values["eval"]),
         ("benchmark_prefill", "--eval, whose first corpus it reads", values["eval"]),
         ("new_eval", "--eval, whose protocols it changes", values["eval"]),
+        ("eval_windows", "--eval, whose windows it counts", values["eval"]),
         ("compare_full", "--eval or --tasks, which it evaluates twice", values["eval"] or values["tasks"]),
     ):
         if flag in typed and not there:
@@ -377,6 +392,7 @@ def make_recipe(values, typed):
         (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
         (method.stats or values["clip"] != "hessian", "compensate errors", ("clip",)),
         (method.stats and values["target"] == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),
+        (method.weights or acts, "quantize anything", ("rotate",)),
         (True in method.smooth or not values["smooth"], "smooth", ("smooth",)),
         (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
         (True in method.acts, "quantize activations", ("act_quant",)),
@@ -392,7 +408,6 @@ def make_recipe(values, typed):
     if method.weights and values["wbits"] == 16:
         raise UsageError(f"--method {values['method']} quantizes weights: give --wbits, 2 to 8")
     if not method.weights and (writes := [flag for flag in ("save", "checkpoint_dir", "export") if values[flag]]):
-        (method.weights or acts, "quantize anything", ("rotate",)),
         raise UsageError(
             f"{shown(writes[0])}: --method {values['method']} rounds no weights, so there is nothing to pack; choose one that does"
         )

@@ -55,7 +55,7 @@ def execute(run):
     with clock("loading"):
         decoder = open_quantized(run, recipe, device) if run.load else open_decoder(run.model, run.dtype, device, subject.config)
         original = open_decoder(subject.model, run.dtype, device) if run.load and run.compare_full else decoder
-    ids, texts, protocol = load_text(recipe, run.corpora, tokenizer, run.data_dir, clock, subject.calibration)
+    ids, texts, protocol = load_text(recipe, run.corpora, tokenizer, run.data_dir, clock, subject.calibration, run.eval_windows)
     check_vocabulary(subject.config, [ids, *texts.values()])
     protocol["tasks"] = task_protocols(tasks)
 
