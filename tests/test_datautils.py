@@ -190,9 +190,11 @@ def test_the_protocols_of_the_paper_are_the_table():
     cuts = {name: (corpus.folder, corpus.cut, corpus.calib_splits[:1], corpus.eval_splits) for name, corpus in CORPORA.items()}
     assert cuts == {
         "wikitext2": ("wikitext2", Joined("\n\n"), ("train",), ("test",)),
+        "wikitext2-validation": ("wikitext2", Joined("\n\n"), (), ("validation",)),
         "ptb": ("ptb", Joined("\n\n"), ("train",), ("validation",)),
         "ptb-new": ("ptb", Joined(" "), (), ("test",)),
         "c4": ("c4", Documents(256), ("train",), ("validation",)),
+        "c4-joined": ("c4", Joined("\n"), ("train",), ("validation",)),
         "c4-new": ("c4", Joined(" ", n_rows=1100, n_windows=256), (), ("validation",)),
     }
 
@@ -301,7 +303,7 @@ def test_json_rows_are_taken_as_they_are(suffix, tmp_path):
 
 @pytest.mark.parametrize("name", [*CALIBRATED, OTHER])
 def test_calibration_falls_back_to_validation_and_says_so(name, tmp_path):
-    write_corpus(tmp_path, name, splits=("validation", "test"))
+    write_corpus(tmp_path, CORPORA[name].folder if name in CORPORA else name, splits=("validation", "test"))
     assert run("calib_splits", name, tmp_path)[1]["split"] == "validation"
 
 

@@ -1,6 +1,7 @@
 """opt.py as a user runs it: flags do what their help says, the paper's commands run as they stand, bad input is one line and exit 2."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -71,6 +72,8 @@ FLAGS = {
         ("--method", "gptq", "--wbits", "4"),
     ),
     "--act_pertoken": ((*AWRQ, "--act_pertoken"), ("recipe", "act_pertoken", True), AWRQ),
+    "--act_sym": ((*AWRQ, "--act_sym"), ("recipe", "act_sym", True), AWRQ),
+    "--rotate": ((*AWRQ, "--rotate"), ("recipe", "rotate", True), AWRQ),
     "--groupsize": (GROUPED, ("recipe", "groupsize", 12), AWRQ),
     "--sym": ((*AWRQ, "--sym"), ("recipe", "sym", True), AWRQ),
     "--smooth": (SMOOTH, ("recipe", "smooth", True), AWRQ),
@@ -97,6 +100,7 @@ FLAGS = {
     "--walk_batch": ((*AWRQ, "--walk_batch", "2"), ("protocol", "walk_batch", 2), None),
     "--output_path": (("--method", "full"), ("schema", SCHEMA), None),
     "--eval": (("--eval", "wikitext2"), ("results", "perplexity", "wikitext2", "seqlen", 16), None),
+    "--eval_windows": (("--eval_windows", "2"), ("results", "perplexity", "own", "windows", 2), ()),
     "--new-eval": (("--eval", "ptb", "--new-eval"), ("results", "perplexity", "ptb-new", "seqlen", 16), None),
     "--tasks": (TASK, ("results", "tasks", "n-samples", "world_why", "effective", 4), None),
     "--limit": ((*TASK, "--limit", "3"), ("results", "tasks", "n-samples", "world_why", "effective", 3), None),
@@ -286,6 +290,9 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         (("--method", "rtn"), ["--wbits", "rtn"]),
         ((*AWRQ, "--act_bits", "3"), ["--act_bits 3", "4 to 8"]),
         ((*AWRQ, "--act_bits", "9"), ["--act_bits 9", "4 to 8"]),
+        (("--rotate",), ["--rotate", "full"]),
+        (("--act_sym",), ["--act_sym", "full"]),
+        (("--method", "gptq", "--wbits", "4", "--act_sym"), ["--act_sym", "gptq", "--act_quant"]),
         ((*AWRQ, "--groupsize", "0"), ["--groupsize 0"]),
         ((*AWRQ, "--groupsize", "-2"), ["--groupsize -2"]),
         ((*AWRQ, "--blocksize", "0"), ["--blocksize 0"]),
@@ -310,6 +317,10 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         (("--walk_batch", "x"), ["--walk_batch", "x"]),
         (("--method", "rtn", "--wbits", "4", "--smooth"), ["--smooth", "rtn"]),
         (("--method", "gptq", "--wbits", "4", "--act_bits", "6"), ["--act_bits 6", "gptq", "--act_quant"]),
+        (("--eval_windows", "0"), ["--eval_windows", "0"]),
+        (("--eval_windows", "3:3"), ["--eval_windows", "3:3"]),
+        (("--eval_windows", "a:b"), ["--eval_windows", "a:b"]),
+        (("--eval_windows", "0:100000"), ["--eval_windows 0:100000", "own", "windows of 16"]),
         (("--eval", "nowhere"), ["nowhere", "wikitext2", "own"]),
         (("--eval", ","), ["nothing to evaluate", "--eval"]),
         ((*AWRQ, "--calib_data", "nowhere"), ["nowhere", "c4", "own"]),
@@ -328,6 +339,25 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
 )
 def test_a_bad_setting(refused, arguments, parts):
     refused(parts, *arguments)
+
+
+def test_a_model_that_cannot_be_rotated(refused, tmp_path):
+    refused(["--rotate", "residual sum"], *AWRQ, "--rotate", model=save_model(tmp_path / "model", tiny_model("opt", "post-norm")))
+
+
+def test_windows_are_counted_from_the_first(json_of):
+    """Of any two parts of a text the mean of the losses is that of the whole."""
+    losses = [math.log(json_of("--eval_windows", part)["results"]["perplexity"]["own"]["ppl"]) for part in ("0:2", "2:4", "4")]
+    assert sum(losses[:2]) / 2 == pytest.approx(losses[2], rel=1e-6)
+
+
+def test_what_was_rotated_is_compared_with_the_original(cli, tiny_opt, corpora, tmp_path):
+    """Its head is its own now, the original's is the embedding; that makes it no other model."""
+    text = ("--data_dir", corpora, "--eval", "own", "--seqlen", 16, "--device", "cpu")
+    status, out, _ = cli(tiny_opt, *text, *AWRQ, "--rotate", "--calib_data", "own", "--nsamples", 3, "--save", tmp_path / "saved")
+    assert status == 0 and "tied to the embedding before" in out
+    status, out, err = cli(tiny_opt, *text, "--load", tmp_path / "saved", "--compare_full")
+    assert status == 0 and "full" in out, err
 
 
 def test_an_output_that_cannot_be_written(refused, tmp_path):

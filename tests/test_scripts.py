@@ -318,6 +318,15 @@ def test_published_values_only_beside_windows_of_their_length(results, tmp_path,
     }
 
 
+def test_a_part_of_a_corpus_is_not_set_beside_the_published(results, tmp_path, monkeypatch, capsys):
+    def part(run):
+        run["protocol"]["evaluation"]["wikitext2"]["windows"] = "0 to 3"
+
+    results("full.json", "facebook/opt-125m", {"wikitext2": 27.6}, part)
+    error = fails([tmp_path / "opt"], monkeypatch, capsys)
+    assert all(text in error for text in ("full.json", "windows 0 to 3 of wikitext2", "--eval_windows"))
+
+
 @pytest.fixture
 def task_results(results):
     """Call it to write a result of tasks: task_results(file, model, {task: (acc, acc_norm)}, recipe settings..., edit=...)."""
