@@ -1,6 +1,7 @@
 """The published code's perplexities of a small trained OPT with outlier channels, in all 18 cases of its golden values.
 
-What takes the time is the evaluation: 256 windows of C4 in each case, 1,725 of WikiText-2 only for the paper's own setting.  Everything is in one process, on tokens and a model made once; the command line has its own tests.
+What takes the time is the evaluation: 256 windows of C4 in each case, 1,725 of WikiText-2 only for the paper's own setting.
+Everything is in one process, on tokens and a model made once; the command line has its own tests.
 """
 
 import json
