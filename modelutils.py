@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
 
@@ -366,26 +366,25 @@ class Decoder:
     def embed(self, batches, place):
         """What enters the first block: Sequences, kept in `place`.  batches: iterable of (B, T) token ids."""
         sequences = Sequences(place)
-        with self._ends(sequences.record, place.device, self.skeleton.get_output_embeddings()) as model:
-            for ids in batches:
-                model.base_model(ids.to(place.device), use_cache=False)  # a cache would travel in the arguments and grow with every replay
+        model = self._ends(sequences.record, place.device, self.skeleton.get_output_embeddings())
+        for ids in batches:
+            model.base_model(ids.to(place.device), use_cache=False)  # a cache would travel in the arguments and grow with every replay
         return sequences
 
     @torch.no_grad()
     def logits(self, sequences):
         """What the model makes of the last block's output: yields (B, T, V), batch by batch, by the class's own forward."""
-        device, unused = sequences.place.device, self.skeleton.get_input_embeddings()
-        with self._ends(lambda *_, **__: h, device, unused) as model:
-            for k in range(len(sequences)):
-                h = sequences[k]
-                nothing = torch.zeros(*h.shape[:2], unused.embedding_dim, dtype=self.dtype, device=device)  # its place is the block's
-                yield model(inputs_embeds=nothing, use_cache=False).logits
+        head = self.head(sequences.place.device)
+        for k in range(len(sequences)):
+            yield head(sequences[k])
 
-    @contextmanager
+    def head(self, device):
+        """What comes after the blocks, as a module: h (B, T, D) -> logits (B, T, V)."""
+        return Head(self, device)
+
     def _ends(self, forward, device, unused):
         """The model on a device, with `forward` in place of all its blocks, and without one of its modules."""
-        model = self._copy([stand_in(self._blocks[0], forward)], unused)
-        yield self._fill(model).to(device)
+        return self._fill(self._copy([stand_in(self._blocks[0], forward)], unused)).to(device)
 
     def materialize(self, device, memory=None):
         """The whole model on the device, ready for model(ids).
@@ -430,6 +429,21 @@ class Decoder:
                 path, _, attribute = target.rpartition(".")
                 setattr(model.get_submodule(path), attribute, model.get_parameter(source))
         return model
+
+
+class Head(nn.Module):
+    """What a model makes of the last block's output, by the class's own forward: h (B, T, D) -> logits (B, T, V)."""
+
+    def __init__(self, decoder, device):
+        super().__init__()
+        unused = decoder.skeleton.get_input_embeddings()
+        self.width, self.h = unused.embedding_dim, None
+        self.model = decoder._ends(lambda *_, **__: self.h, device, unused)
+
+    def forward(self, h):
+        self.h = h
+        nothing = h.new_zeros(*h.shape[:2], self.width)  # what would enter the first block: its place is the last one's output
+        return self.model(inputs_embeds=nothing, use_cache=False).logits
 
 
 def _bytes(module):

@@ -92,6 +92,7 @@ class Recipe:
     target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
     target_mix: float = 0.5  # share of the latter
     bias_correction: bool = False
+    tune_steps: int = 0  # gradient steps on scales, norms and biases, codes fixed: see run/tune.py
     calib_data: str = "c4"
     nsamples: int = 128
     seqlen: int = 2048
@@ -116,6 +117,7 @@ class Recipe:
             ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
             ("min", 0 < self.min < float("inf"), "positive"),
             ("percdamp", 0 <= self.percdamp < float("inf"), "0 or more, for example 0.01"),
+            ("tune_steps", self.tune_steps >= 0, "0 or more"),
             ("nsamples", self.nsamples > 0, "a positive number of sequences"),
             ("seqlen", self.seqlen > 1, "at least 2 tokens"),
             ("seed", self.seed >= 0, "0 or more"),

@@ -184,6 +184,7 @@ class Store:
         self.prefix, self.packs = f"{original.family.blocks}.", METHODS[recipe.method].weights is not None
         self.blocks = {}  # of each finished block {name: tensor} in memory, {name: sha256} in a folder
         self.layers = {}  # of each what is told of it, for JSON
+        self.tuned = {}  # {name in the model: tensor} that takes the place of what was put: see run/tune.py
         self.checked = set()  # blocks whose checksums were right when they were first read
         self.kernel = None  # of kernels.w4a8_linear, for linears that compute in integers; None: they compute on dequantized numbers
 
@@ -218,6 +219,13 @@ class Store:
             self.blocks[i] = {name.removeprefix(f"{self.prefix}{i}."): found for name, found in sums.items()}
         self.layers[i] = layers
 
+    def keep_tuning(self, state):
+        """Keep where tuning is, {name: tensor}; only a ResumableStore does."""
+
+    def tuning(self):
+        """What keep_tuning was given last; {}: nothing."""
+        return {}
+
     def shard(self, i):
         """The file of block i."""
         return self.folder / shard_name(i, len(self.original))
@@ -233,6 +241,7 @@ class Store:
             found = read_shard(self.shard(i), sums, check=i not in self.checked)
             self.checked.add(i)
             tensors = {name.removeprefix(prefix): t for name, t in found.items()}
+        tensors |= {name.removeprefix(prefix): t for name, t in self.tuned.items() if name.startswith(prefix)}
         return tensors if self.packs else self.original.source.read(i) | tensors
 
     def build(self, block, tensors, batch):
@@ -266,7 +275,7 @@ class Store:
         return block
 
     def rest(self, names):
-        return self.original.source.rest(names)
+        return self.original.source.rest(names) | {name: self.tuned[name] for name in self.tuned.keys() & set(names)}
 
     def codes(self, i):
         """{name: (codes (R, C) uint8, Grid)} of block i."""
@@ -297,8 +306,10 @@ class Store:
         for i in range(blocks):
             names = {name: f"{self.prefix}{i}.{name}" for name in self.blocks[i]}
             file = shard_name(i, blocks)
-            if self.folder is None:
-                sums[file] = write_shard(folder / file, {names[name]: t for name, t in self.blocks[i].items()})
+            if self.folder is None or self.tuned:
+                sums[file] = write_shard(folder / file, {names[name]: t for name, t in self.read(i).items()})
+                if self.folder == folder:
+                    self.blocks[i] = {name: sums[file][names[name]] for name in names}
             else:
                 sums[file] = {names[name]: found for name, found in self.blocks[i].items()}
                 if self.folder != folder:

@@ -57,7 +57,8 @@ class ResumableStore(Store):
 
     run.json says which run it is: everything that the codes depend on, of the weights those outside the blocks.  Of block i there are its
     shard, as in a checkpoint, and block-i.json with output errors and checksums, those of the original block too, written last: without
-    it the block is not finished.  inputs-i/ has what enters block i, the first unfinished one, a file for each batch.
+    it the block is not finished.  inputs-i/ has what enters block i, the first unfinished one, a file for each batch.  tuning.json names
+    the file that has where tuning is.
     """
 
     def __init__(self, original, recipe, folder, run):
@@ -115,6 +116,20 @@ class ResumableStore(Store):
             found = read_shard(self._inputs(self.finished) / file, sums)
             for s, x in enumerate(streams):
                 x[k] = found[str(s)]
+
+    def keep_tuning(self, state):
+        steps = len(state["divergence"])
+        file = f"tuning-{steps:06}.safetensors"
+        write_json(self.folder / "tuning.json", {"file": file, "tensors": write_shard(self.folder / file, state)})
+        for other in set(self.folder.glob("tuning-*")) - {self.folder / file}:
+            other.unlink()
+
+    def tuning(self):
+        path = self.folder / "tuning.json"
+        if not path.exists():
+            return {}
+        entry = read_json(path, ("file", "tensors"))
+        return read_shard(self.folder / entry["file"], entry["tensors"])
 
     def _drop_inputs(self):
         """Remove what entered other blocks than the one that is still needed."""

@@ -156,6 +156,7 @@ def add_flags(parser, smallest_scale, corpora):
     add_method_flags(parser.add_argument_group("method"))
     add_smoothing_flags(parser.add_argument_group("rotation and smoothing"), smallest_scale)
     add_solver_flags(parser.add_argument_group("solver (gptq, awrq)"))
+    add_tuning_flags(parser.add_argument_group("tuning"))
     add_data_flags(parser.add_argument_group("data"))
     add_evaluation_flags(parser.add_argument_group("evaluation"), corpora)
     add_task_flags(parser.add_argument_group("tasks (lm-evaluation-harness)"))
@@ -232,6 +233,16 @@ def add_solver_flags(group):
     )
     group.add_argument(
         "--target_mix", type=float, default=0.5, metavar="BETA", help="share of the unquantized model in the target, 0 to 1 (default 0.5)"
+    )
+
+
+def add_tuning_flags(group):
+    group.add_argument(
+        "--tune_steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="gradient steps on weight scales, norms and biases, towards the unquantized model's logits; codes stay (default 0)",
     )
 
 
@@ -388,7 +399,7 @@ def make_recipe(values, typed):
     smooth = values["smooth"] if values["smooth"] in method.smooth else method.smooth[0]
     settings = {f.name: values[f.name] for f in fields(Recipe) if f.name != "seqlen"}
     for usable, what, flags in (
-        (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize", "clip", "bias_correction")),
+        (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize", "clip", "bias_correction", "tune_steps")),
         (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
         (method.stats or values["clip"] != "hessian", "compensate errors", ("clip",)),
         (method.stats and values["target"] == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),

@@ -21,6 +21,7 @@ from recipe import Recipe, UsageError
 from rotate import check_rotation, rotated, untying
 from run.quantize import calibration_place, quantize_blocks
 from run.report import report, show
+from run.tune import tune
 from runtime import Clock, find_device, map_large_tensors, release, write_json
 
 
@@ -64,14 +65,14 @@ def execute(run):
         return measure(run, decoder, tokenizer, texts, tasks, clock, (recipe.seqlen, walk_batch))
 
     full = measured(original) if run.compare_full else None
-    layers = []
+    made = {"layers": [], "tuning": []}
     if not run.load and recipe.method != "full":
-        decoder, layers = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk_batch)
+        decoder, made = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk_batch)
     if run.export:
         export(decoder.source, run.export[1], run.export[0], tokenizer)
         print(f"{run.export[1]}: written as {run.export[0]}")
     found = {"model": subject.model, "protocol": protocol, "walk_batch": walk_batch}
-    found |= {"results": measured(decoder), "full": full, "layers": layers}
+    found |= {"results": measured(decoder), "full": full} | made
 
     # ---- Report ----
     about = report(recipe, decoder, found, clock)
@@ -203,7 +204,8 @@ def open_quantized(run, recipe, device):
 
 
 def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
-    """Quantize, printing the output errors of each block, and write --save: the quantized Decoder, and [Layer] of the whole model.
+    """Quantize, printing the output errors of each block, and write --save: the quantized Decoder, and {"layers": [Layer], "tuning": what
+    tuned gives, or []}.
 
     calibration: the protocol of ids.
     """
@@ -225,13 +227,24 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
             errors = (f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
             tqdm.write(f"block {done[0].block}: output errors  " + "  ".join(errors))
             layers += done
+        divergence = tuned(store, ids, clock) if recipe.tune_steps else []
         if run.save:
             with clock("writing"):
                 store.finish(partial, subject.tokenizer, {"model": subject.model, "calibration": calibration})
     if run.save:
         store.folder = store.folder if run.checkpoint_dir else Path(run.save)
         print(f"{run.save}: {store.size()}")
-    return store.decoder(), layers
+    return store.decoder(), {"layers": layers, "tuning": divergence}
+
+
+def tuned(store, ids, clock):
+    """Tune the blocks of a finished Store, and say what that gained: the divergence of every step."""
+    with clock("tuning"):
+        divergence = tune(store, ids, clock.device)
+    tenth = max(1, len(divergence) // 10)
+    before, after = (sum(part) / tenth for part in (divergence[:tenth], divergence[-tenth:]))
+    print(f"tuning: {len(divergence)} steps, divergence from the unquantized model {before:.4f} nats at first, {after:.4f} at last")
+    return divergence
 
 
 def measure(run, decoder, tokenizer, texts, tasks, clock, walk):

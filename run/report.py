@@ -17,8 +17,8 @@ SCHEMA = 1
 def report(recipe, decoder, found, clock):
     """Everything about a run, ready for JSON.
 
-    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers"}, where "full" are the
-    results of the unquantized model, or None.
+    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers", "tuning"}, where "full"
+    are the results of the unquantized model, or None, and "tuning" the divergence of every step.
     """
     protocol = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -34,6 +34,7 @@ def report(recipe, decoder, found, clock):
         "results": found["results"],
         "full": found["full"],
         "layers": [asdict(layer) for layer in found["layers"]],
+        "tuning": found["tuning"],
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
         "peak_bytes": peak_bytes(clock.device),
         "versions": versions(),

@@ -88,6 +88,7 @@ FLAGS = {
     "--target": ((*AWRQ, "--target", "stream"), ("recipe", "target", "stream"), AWRQ),
     "--target_mix": ((*STREAM, "--target_mix", "0.9"), ("recipe", "target_mix", 0.9), STREAM),
     "--bias_correction": ((*AWRQ, "--bias_correction"), ("recipe", "bias_correction", True), AWRQ),
+    "--tune_steps": ((*AWRQ, "--tune_steps", "3"), ("recipe", "tune_steps", 3), AWRQ),
     "--smooth_search": ((*SMOOTH, "--smooth_search"), ("recipe", "smooth_search", True), SMOOTH),
     "--preset": ((*AWRQ, "--preset", "plus"), ("recipe", "clip", PRESETS["plus"]["clip"]), AWRQ),
     "--calib_data": ((*AWRQ, "--calib_data", "ptb"), ("protocol", "calibration", "corpus", "ptb"), AWRQ),
@@ -310,6 +311,8 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         ((*AWRQ, "--preset", "best"), ["--preset", "best", "plus"]),
         (("--method", "rtn", "--wbits", "4", "--preset", "plus", "--no-actorder"), ["--no-actorder", "rtn"]),
         ((*AWRQ, "--nsamples", "0"), ["--nsamples 0"]),
+        ((*AWRQ, "--tune_steps", "-1"), ["--tune_steps -1"]),
+        (("--method", "act_only", "--tune_steps", "3"), ["--tune_steps 3", "act_only"]),
         ((*AWRQ, "--seed", "-1"), ["--seed -1"]),
         (("--seqlen", "1"), ["--seqlen 1"]),
         (("--seqlen", CONTEXT + 1), [f"--seqlen {CONTEXT + 1}", f"{CONTEXT} tokens"]),
@@ -432,7 +435,7 @@ def test_a_run_from_another_folder(tiny_opt, corpora, tmp_path):
     run = user(tiny_opt, *SMOOTH, *short, "--output_path", tmp_path / "run.json")
     assert run.returncode == 0 and not messages(run.stderr), run.stderr
     assert "| own" in run.stdout and "quantizing (awrq)" in run.stderr
-    keys = "schema model model_type recipe protocol results full layers seconds peak_bytes versions commit hardware"
+    keys = "schema model model_type recipe protocol results full layers tuning seconds peak_bytes versions commit hardware"
     assert set(json.loads((tmp_path / "run.json").read_text())) == set(keys.split())
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 

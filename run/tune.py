@@ -1,0 +1,188 @@
+"""Tuning: the codes stay, and scales, norms and biases learn to give back the logits of the unquantized model.
+
+The solver leaves each layer at the optimum of its own objective; what is left is how the errors of many layers add up.  So Adam (Kingma and
+Ba, 2015) minimizes the divergence of the whole model's logits on the calibration sequences, straight through the rounding of activations.
+Chen et al., "EfficientQAT" (2024), train step sizes end to end in the same way.  What is tuned is stored anyway: inference costs the same.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from modelutils import Decoder, run_block, sequences_place, skeleton
+from quant import fake_quant_act
+from runtime import free_memory
+
+RATE = 1e-3  # of a step, as a share of the root mean square of what is tuned; it goes down to 0 as half a cosine wave does
+BETAS = (0.9, 0.95)  # of Adam
+SEQUENCES = 2  # of a step
+KEEP_EVERY = 5  # steps
+
+
+class TunedLinear(nn.Module):
+    """A quantized linear whose scales and bias can be trained, made from a frozen quant.QuantLinear, the codes (R, C) and the Grid."""
+
+    def __init__(self, linear, q, grid):
+        super().__init__()
+        self.acts, self.batch, self.in_scale, self.grid = linear.acts, linear.batch, linear.in_scale, grid
+        self.register_buffer("whole", q - grid.columns(grid.zero, q.shape[1]))  # (R, C) float32: codes less zero
+        self.scale = nn.Parameter(grid.scale.clone())  # (R, G)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
+
+    def forward(self, x):
+        shape, x = x.shape, self.batch.split(x)
+        x = x if self.in_scale is None else x / self.in_scale
+        with torch.no_grad():
+            off = fake_quant_act(x, *self.acts) - x
+        if self.scale.shape[1] == 1:  # scales of rows are factors of outputs: their gradient needs no product of its own
+            y = F.linear(x + off, self.whole) * self.scale[:, 0]
+        else:
+            y = F.linear(x + off, self.whole * self.grid.columns(self.scale, self.whole.shape[1]))
+        return (y if self.bias is None else y + self.bias).view(*shape[:-1], -1)
+
+
+class Student:
+    """The quantized model of a Store, computed in float32, its scales, norms and biases as parameters: {name in the model: parameter}.
+
+    Blocks are kept where there is room for all; else each is made from the store whenever it runs.
+    """
+
+    def __init__(self, store, device, tokens):
+        """tokens: of the sequences that run together."""
+        self.store, self.device = store, device
+        self.decoder = as_float(store.decoder())
+        self.parameters, self.blocks = {}, {}
+        first = self._make(0)
+        size = sum(t.nbytes for t in (*first.parameters(), *first.buffers()))
+        graph = 40 * tokens * 4 * max(self.decoder.config.hidden_size, getattr(self.decoder.config, "intermediate_size", 0))
+        self.keeps = len(self.decoder) * (size + graph) < free_memory(device) / 2
+        self.head = self.decoder.head(device).requires_grad_(False)
+        norm = self.decoder.family.residual.final_norm
+        for name, p in self.head.model.named_parameters():
+            if name.rpartition(".")[0] == norm:
+                self.parameters[name] = p.requires_grad_()
+        for i in range(len(self.decoder)):  # so that all parameters are there
+            self.block(i)
+
+    def _make(self, i):
+        block = self.decoder.block(i).to(self.device)
+        for name, (q, grid) in self.store.codes(i).items():
+            block.set_submodule(name, TunedLinear(block.get_submodule(name), q, grid).to(self.device))
+        return block.requires_grad_()
+
+    def block(self, i):
+        if i in self.blocks:
+            return self.blocks[i]
+        block = self._make(i)
+        for name, p in list(block.named_parameters()):
+            path, _, attribute = name.rpartition(".")
+            block.get_submodule(path)._parameters[attribute] = self.parameters.setdefault(f"{self.store.prefix}{i}.{name}", p)
+        if self.keeps:
+            self.blocks[i] = block
+        return block
+
+    def divergence(self, x, arguments, wanted):
+        """The divergence from `wanted` (T, V), log-probabilities, for x (1, T, D) that enters the first block.  Adds up gradients."""
+        steps = []
+        for i in range(len(self.decoder)):
+            x = x.detach().requires_grad_()
+            with torch.set_grad_enabled(self.keeps):
+                out = run_block(self.block(i), x, arguments, f"block {i}")
+            steps.append((x, out))
+            x = out
+        x = x.detach().requires_grad_()
+        loss = F.kl_div(self.head(x)[0].log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        loss.backward()
+        gradient = x.grad
+        while steps:
+            i, (x, out) = len(steps) - 1, steps.pop()
+            if not self.keeps:
+                out = run_block(self.block(i), x, arguments, f"block {i}")
+            out.backward(gradient)
+            gradient = x.grad
+        return loss.item()
+
+
+def as_float(decoder):
+    """A Decoder that computes in float32."""
+    return Decoder(skeleton(decoder.config, torch.float32), decoder.source, decoder.stored_dtype)
+
+
+def plan(n, steps, seed):
+    """The sequences, numbers below n, of every step: all of them once, in a random order, then all again."""
+    generator = torch.Generator().manual_seed(seed)
+    order = [k for _ in range(-(-steps * SEQUENCES // n)) for k in torch.randperm(n, generator=generator).tolist()]
+    return [order[s * SEQUENCES : (s + 1) * SEQUENCES] for s in range(steps)]
+
+
+def tune(store, ids, device):
+    """Tune the blocks of a finished Store by its recipe: the mean divergence of every step, in nats.
+
+    ids (n, T): the calibration sequences.  What is learnt is in store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
+    """
+    recipe, teacher = store.recipe, as_float(store.original)
+    place = sequences_place(teacher.config, torch.float32, ids.numel(), device, streams=2)
+    with torch.no_grad():
+        wanted = teacher.embed(ids.split(1), place)
+        entering = list(wanted.x)
+        for i, block in teacher.visits(device, "reading the unquantized model"):
+            wanted.propagate(block, f"block {i}")
+    head, student = teacher.head(device), Student(store, device, ids.shape[1])
+    arguments = wanted.arguments[1, ids.shape[1]]
+    optimizer = Optimizer(student.parameters, recipe.tune_steps)
+    found = optimizer.restore(store.tuning())
+    steps = plan(len(ids), recipe.tune_steps, recipe.seed)
+    bar = tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))
+    for numbers in bar:
+        lost = 0
+        for k in numbers:
+            with torch.no_grad():
+                logits = head(wanted[k])[0].log_softmax(-1)
+            lost += student.divergence(entering[k].to(device), arguments, logits) / len(numbers)
+        optimizer.step(len(found), len(numbers))
+        found.append(lost)
+        bar.set_postfix_str(f"divergence {lost:.4f}")
+        if len(found) % KEEP_EVERY == 0 or len(found) == len(steps):
+            store.keep_tuning(optimizer.state(found))
+    store.tuned = {name: p.detach().cpu() for name, p in student.parameters.items()}
+    return found
+
+
+class Optimizer:
+    """Adam on {name: parameter}, whose state can be kept."""
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, parameters, steps):
+        self.parameters, self.steps = parameters, steps
+        self.rates = {name: RATE * p.detach().square().mean().sqrt().item() for name, p in parameters.items()}
+        self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS)
+
+    def step(self, s, sequences):
+        """Step s, by the mean of the gradients of so many sequences."""
+        for group, rate in zip(self.adam.param_groups, self.rates.values(), strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * s / self.steps)) / 2
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad / sequences
+        self.adam.step()
+        self.adam.zero_grad()
+
+    def state(self, found):
+        """{name: tensor} of all that is needed to go on.  found: the divergence of every step so far."""
+        kept = {"divergence": torch.tensor(found, dtype=torch.float64)}
+        for name, p in self.parameters.items():
+            kept |= {f"{name}/value": p.detach()} | {f"{name}/{moment}": self.adam.state[p][moment] for moment in self.MOMENTS}
+        return kept
+
+    def restore(self, kept):
+        """Go on from what `state` gave, or begin if that is {}: the divergence of every step so far."""
+        if not kept:
+            return []
+        for name, p in self.parameters.items():
+            p.data.copy_(kept[f"{name}/value"])
+            moments = {moment: kept[f"{name}/{moment}"].to(p.device) for moment in self.MOMENTS}
+            self.adam.state[p] = moments | {"step": torch.tensor(float(len(kept["divergence"])))}
+        return kept["divergence"].tolist()

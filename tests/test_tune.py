@@ -1,0 +1,154 @@
+"""Tuning: its gradients are those of the whole model, codes stay, what is learnt is saved, and a killed run goes on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, in_child, tiny_model, token_ids, toy_tokenizer
+from test_checkpoint import recipe
+
+from formats.checkpoint import Store, open_checkpoint
+from formats.resume import ResumableStore, run_identity
+from modelutils import decoder_of
+from quant import QuantLinear
+from rotate import rotated
+from run import tune as tuning
+from run.quantize import quantize_blocks
+from run.tune import SEQUENCES, Student, TunedLinear, as_float, plan, tune
+
+IDS = token_ids(6, 16)
+KINDS = {
+    "opt": (("opt", "pre-norm"), {"smooth": True}),
+    "in_scale": (("opt", "post-norm"), {"smooth": True, "groupsize": 12}),
+    "llama": (("llama", "llama3"), {"rotate": True, "act_pertoken": True}),
+    "qwen3": (("qwen3", "wide"), {"wbits": 3, "groupsize": 16, "act_sym": True}),
+}
+
+
+def finished(kind, folder=None, ids=IDS, **settings):
+    """A Store whose blocks are all there."""
+    (family, variant), own = KINDS[kind]
+    chosen = recipe(**own | {"tune_steps": 8} | settings)
+    decoder = decoder_of(tiny_model(family, variant))
+    decoder = rotated(decoder, chosen.seed) if chosen.rotate else decoder
+    store = ResumableStore(decoder, chosen, folder, run_identity(decoder, ids, chosen, CPU, 1)) if folder else Store(decoder, chosen)
+    for _ in quantize_blocks(decoder, ids, chosen, store):
+        pass
+    return store
+
+
+def kl(model, wanted, ids):
+    """The mean divergence, sequence by sequence, of a whole model."""
+    found = [model(x).logits[0].log_softmax(-1) for x in ids.split(1)]
+    return sum((w.exp() * (w - q)).sum(-1).mean() for w, q in zip(wanted, found, strict=True)) / len(ids)
+
+
+@torch.no_grad()
+def teacher_of(store, ids=IDS):
+    whole = store.original.materialize(CPU)
+    return [whole(x).logits[0].log_softmax(-1) for x in ids.split(1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_linear_that_is_tuned_computes_what_it_did(kind):
+    store = finished(kind)
+    block, x = store.decoder().block(0), torch.randn(2, 5, 64)
+    for name, (q, grid) in store.codes(0).items():
+        frozen = block.get_submodule(name)
+        assert isinstance(frozen, QuantLinear)
+        frozen.batch.size, inputs = 2, x[..., : q.shape[1]].contiguous()
+        torch.testing.assert_close(TunedLinear(frozen, q, grid)(inputs), frozen(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_whole_model(kind, keeps):
+    """Whether the blocks are kept or made again for every step, back and forth."""
+    store = finished(kind)
+    wanted, place = teacher_of(store), tuning.sequences_place(store.original.config, torch.float32, IDS.numel(), CPU)
+    student = Student(store, CPU, 16)
+    student.keeps, student.blocks = keeps, student.blocks if keeps else {}
+    with torch.no_grad():
+        entering = as_float(store.original).embed(IDS.split(1), place)
+    losses = [student.divergence(entering[k], entering.arguments[1, 16], wanted[k]) for k in range(2)]
+    assert bool(student.blocks) == keeps
+    found = {name: p.grad.clone() for name, p in student.parameters.items() if p.grad is not None}
+
+    whole = store.decoder().materialize(CPU)
+    own = Student(store, CPU, 16)
+    for i in range(len(store.original)):
+        whole.get_submodule(store.original.family.blocks)[i] = own.block(i)
+    for name, p in own.parameters.items():
+        path, _, attribute = name.rpartition(".")
+        whole.get_submodule(path)._parameters[attribute] = p
+        p.grad = None
+    whole.batch.size = 1
+    own.decoder.batch.size = 1
+    loss = kl(whole, wanted[:2], IDS[:2])
+    (2 * loss).backward()
+    assert sum(losses) / 2 == pytest.approx(loss.item(), rel=1e-4)
+    for name, p in own.parameters.items():
+        assert (p.grad is None) == (name not in found), name
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item() + 1e-9, msg=name)
+    assert any(name.endswith("scale") for name in found) and any("norm" in name for name in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuning_brings_the_model_nearer_and_keeps_its_codes(kind, tmp_path):
+    store = finished(kind, tune_steps=24)
+    wanted, before = teacher_of(store), [store.codes(i) for i in range(len(store.original))]
+    with torch.no_grad():
+        at_first = kl(store.decoder().materialize(CPU), wanted, IDS).item()
+    assert len(tune(store, IDS, CPU)) == 24
+    with torch.no_grad():
+        at_last = kl(store.decoder().materialize(CPU), wanted, IDS).item()
+    assert at_last < 0.97 * at_first, (at_first, at_last)
+    for i, codes in enumerate(before):
+        for name, (q, grid) in store.codes(i).items():
+            assert q.equal(codes[name][0]) and grid.zero.equal(codes[name][1].zero) and not grid.scale.equal(codes[name][1].scale)
+    assert not any("embed" in name or "lm_head" in name for name in store.tuned)
+    store.save(tmp_path / "saved", toy_tokenizer())
+    opened = open_checkpoint(tmp_path / "saved")
+    opened.source.kernel = None
+    with torch.no_grad():
+        assert kl(opened.materialize(CPU), wanted, IDS).item() == pytest.approx(at_last, rel=1e-6)
+
+
+def test_a_killed_run_goes_on_with_tuning(tmp_path, monkeypatch):
+    """From where it was last kept; its result is that of one in one piece, also where tuning had ended."""
+    monkeypatch.setattr(tuning, "KEEP_EVERY", 3)
+    whole = finished("llama")
+    losses = tune(whole, IDS, CPU)
+
+    def killed():
+        store = finished("llama", tmp_path)
+        keep = store.keep_tuning
+
+        def once(state):
+            keep(state)
+            raise SystemExit
+
+        store.keep_tuning = once
+        tune(store, IDS, CPU)
+
+    assert in_child(killed) == 256  # one exit status, no signal
+    for _ in range(2):
+        store = finished("llama", tmp_path)
+        assert len(store.tuning()["divergence"]) in (3, 8)
+        assert tune(store, IDS, CPU) == pytest.approx(losses, rel=1e-6)
+        for name, t in whole.tuned.items():
+            torch.testing.assert_close(store.tuned[name], t, rtol=1e-6, atol=1e-9)
+        assert len(list(tmp_path.glob("tuning-*"))) == 1
+        del store
+
+
+def test_every_sequence_has_its_turn():
+    steps = plan(5, 5, seed=0)
+    assert [len(step) for step in steps] == [SEQUENCES] * 5 and sorted(k for step in steps for k in step) == sorted([*range(5)] * 2)
+    assert plan(5, 5, seed=0) == steps != plan(5, 5, seed=1)
+
+
+def test_the_divergence_is_that_of_the_formula():
+    p, q = torch.randn(7, 30).log_softmax(-1), torch.randn(7, 30).log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(F.kl_div(q, p, reduction="batchmean", log_target=True), expected)
