@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def sweep(tmp_path):
     """Call it to run a copy of a script, from a folder that is not the repository's: its result, and the arguments of every `python`."""
     scripts = tmp_path / "my repo" / "scripts"
     scripts.mkdir(parents=True)
-    for name in ("cells.sh", "opt.sh", "llama.sh", "ablation.sh"):
+    for name in ("cells.sh", "opt.sh", "llama.sh", "ablation.sh", "real.sh"):
         shutil.copy(SCRIPTS / name, scripts / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
@@ -122,6 +123,21 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
         assert args.tasks == ("piqa", "arc_easy", "arc_challenge", "boolq", "copa", "storycloze") and args.corpora == ()
         assert args.data_dir == "my data" and args.batch_size == "auto"
     assert {path.stem for path in (out / "Llama-2-70b-hf").iterdir()} == LLAMA_CELLS
+
+
+def test_every_cell_of_the_real_model_is_a_command_that_main_takes(sweep, tmp_path):
+    done, calls = sweep("--data_dir", "my data", script="real.sh")
+    assert done.returncode == 0, done.stderr
+    assert len(calls) == 1 + 6 * 3
+    for script, *argv in calls:
+        assert script == str(tmp_path / "my repo/main.py")
+        args, recipe = parsed(main, argv, 8192)
+        method, *rest, bits, seed = ["full", "w16a16", "0"] if argv[-1].endswith("full.json") else Path(args.output_path).stem.split("-")
+        assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}") == ("awrq" if method == "plus" else method, bits) and seed == "0"
+        expected = Recipe(recipe.method, recipe.wbits, recipe.act_bits, min=0.01, calib_data="c4-joined", nsamples=64, seqlen=512)
+        smooth = rest == ["smooth"] or method == "smoothquant"
+        assert recipe == replace(expected, **{"smooth": smooth} | (PRESETS["plus"] if method == "plus" else {})), argv
+        assert args.corpora == ("wikitext2", "c4-joined") and args.eval_windows == (0, 24)
 
 
 @pytest.fixture
