@@ -3,15 +3,14 @@
     python -m bench.checkouts ../other                 the demo models; every method
     python -m bench.checkouts ../other --rounds 5      more rounds for the times
 
-Commands run in turn in both, so that what else the machine does falls on both alike.  Times are ratios within a round: this checkout's
-over the other's.  Compared are all tensors that --save writes, perplexities, accuracies and the errors of all linears.
+Commands run in turn in both, so that what else the machine does falls on both alike.  Times are ratios of the least times of all rounds:
+this checkout's over the other's.  Compared are all tensors that --save writes, perplexities, accuracies and the errors of all linears.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from run.cli import Parser, positive
 from run.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = "--data_dir demo/data --calib_data world --eval world --nsamples 16 --walk_batch 8 --device cpu"
+TEXT = "--data_dir demo/data --calib_data world --eval world --nsamples 64 --walk_batch 8 --device cpu"
 OPT, LLAMA = f"opt.py demo/opt {TEXT}", f"main.py demo/llama {TEXT}"
 CASES = {  # name: (command, whether it has codes to save)
     **{
@@ -82,18 +81,19 @@ def saved_hash(folder):
 def compare(args, name):
     """A row of the table, and whether both are the same."""
     command, saves = CASES[name]
-    ratios, same = [], True
+    rounds = []
     for _ in range(args.rounds):
-        found = []
         for checkout in (ROOT, args.other):
             with tempfile.TemporaryDirectory(prefix="awrq-checkouts-") as folder:
-                found.append(run(checkout, command, saves, Path(folder)))
-        same &= found[0]["hash"] == found[1]["hash"] and found[0]["numbers"] == found[1]["numbers"]
-        ratios.append([found[0][what] / found[1][what] if found[1][what] else None for what in ("quantizing", "whole")])
-    medians = [statistics.median(column) if None not in column else None for column in zip(*ratios, strict=True)]
-    ppl = found[0]["numbers"]["perplexity"]["world"]["ppl"]
-    shown = (f"{m:.2f}" if m else "" for m in medians)
-    return (name, "yes" if same else "NO", (found[0]["hash"] or "")[:12], f"{ppl:.6f}", *shown), same
+                rounds.append(run(checkout, command, saves, Path(folder)))
+    first = rounds[0]
+    same = all(found["hash"] == first["hash"] and found["numbers"] == first["numbers"] for found in rounds)
+    ppl = first["numbers"]["perplexity"]["world"]["ppl"]
+    ratios = []
+    for what in ("quantizing", "whole"):
+        ours, theirs = (min(found[what] for found in rounds[side::2]) for side in (0, 1))
+        ratios.append(f"{ours / theirs:.2f}" if theirs else "")
+    return (name, "yes" if same else "NO", (first["hash"] or "")[:12], f"{ppl:.6f}", *ratios), same
 
 
 def main(args):
