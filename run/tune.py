@@ -20,6 +20,7 @@ RATE = 1e-3  # of a step, as a share of the root mean square of what is tuned; i
 BETAS = (0.9, 0.95)  # of Adam
 SEQUENCES = 2  # of a step
 KEEP_EVERY = 5  # steps
+GRAPH = 160  # bytes that a block keeps for its gradients, for each token and channel of its widest layer
 
 
 class TunedLinear(nn.Module):
@@ -44,6 +45,24 @@ class TunedLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).view(*shape[:-1], -1)
 
 
+class Teacher:
+    """What the unquantized Decoder makes of the calibration sequences ids (n, T): its blocks run once, its head whenever it is asked."""
+
+    @torch.no_grad()
+    def __init__(self, decoder, ids, device):
+        decoder = as_float(decoder)
+        self.device, self.head = device, decoder.head(device)
+        self.last = decoder.embed(ids.split(1), sequences_place(decoder.config, torch.float32, ids.numel(), device, streams=2))
+        self.first, self.arguments = list(self.last.x), self.last.arguments[1, ids.shape[1]]
+        for i, block in decoder.visits(device, "reading the unquantized model"):
+            self.last.propagate(block, f"block {i}")
+
+    @torch.no_grad()
+    def sequence(self, k):
+        """Of sequence k what enters the first block, (1, T, D), the blocks' other arguments, and the log-probabilities wanted, (T, V)."""
+        return self.first[k].to(self.device), self.arguments, self.head(self.last[k])[0].log_softmax(-1)
+
+
 class Student:
     """The quantized model of a Store, computed in float32, its scales, norms and biases as parameters: {name in the model: parameter}.
 
@@ -55,10 +74,10 @@ class Student:
         self.store, self.device = store, device
         self.decoder = as_float(store.decoder())
         self.parameters, self.blocks = {}, {}
-        first = self._make(0)
+        first, config = self._make(0), self.decoder.config
         size = sum(t.nbytes for t in (*first.parameters(), *first.buffers()))
-        graph = 40 * tokens * 4 * max(self.decoder.config.hidden_size, getattr(self.decoder.config, "intermediate_size", 0))
-        self.keeps = len(self.decoder) * (size + graph) < free_memory(device) / 2
+        width = max(config.hidden_size, getattr(config, "ffn_dim", 0), getattr(config, "intermediate_size", 0))
+        self.keeps = len(self.decoder) * (size + GRAPH * tokens * width) < free_memory(device) / 2
         self.head = self.decoder.head(device).requires_grad_(False)
         norm = self.decoder.family.residual.final_norm
         for name, p in self.head.model.named_parameters():
@@ -85,7 +104,7 @@ class Student:
         return block
 
     def divergence(self, x, arguments, wanted):
-        """The divergence from `wanted` (T, V), log-probabilities, for x (1, T, D) that enters the first block.  Adds up gradients."""
+        """The divergence from `wanted`, in nats, on a sequence of Teacher.sequence.  Gradients are added up."""
         steps = []
         for i in range(len(self.decoder)):
             x = x.detach().requires_grad_()
@@ -123,30 +142,19 @@ def tune(store, ids, device):
 
     ids (n, T): the calibration sequences.  What is learnt is in store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
     """
-    recipe, teacher = store.recipe, as_float(store.original)
-    place = sequences_place(teacher.config, torch.float32, ids.numel(), device, streams=2)
-    with torch.no_grad():
-        wanted = teacher.embed(ids.split(1), place)
-        entering = list(wanted.x)
-        for i, block in teacher.visits(device, "reading the unquantized model"):
-            wanted.propagate(block, f"block {i}")
-    head, student = teacher.head(device), Student(store, device, ids.shape[1])
-    arguments = wanted.arguments[1, ids.shape[1]]
-    optimizer = Optimizer(student.parameters, recipe.tune_steps)
+    steps = plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
+    student = Student(store, device, ids.shape[1])
+    optimizer = Optimizer(student.parameters, len(steps))
     found = optimizer.restore(store.tuning())
-    steps = plan(len(ids), recipe.tune_steps, recipe.seed)
-    bar = tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))
-    for numbers in bar:
-        lost = 0
-        for k in numbers:
-            with torch.no_grad():
-                logits = head(wanted[k])[0].log_softmax(-1)
-            lost += student.divergence(entering[k].to(device), arguments, logits) / len(numbers)
-        optimizer.step(len(found), len(numbers))
-        found.append(lost)
-        bar.set_postfix_str(f"divergence {lost:.4f}")
-        if len(found) % KEEP_EVERY == 0 or len(found) == len(steps):
-            store.keep_tuning(optimizer.state(found))
+    if len(found) < len(steps):
+        teacher = Teacher(store.original, ids, device)
+        for numbers in (bar := tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))):
+            lost = sum(student.divergence(*teacher.sequence(k)) for k in numbers) / len(numbers)
+            optimizer.step(len(found), len(numbers))
+            found.append(lost)
+            bar.set_postfix_str(f"divergence {lost:.4f}")
+            if len(found) % KEEP_EVERY == 0 or len(found) == len(steps):
+                store.keep_tuning(optimizer.state(found))
     store.tuned = {name: p.detach().cpu() for name, p in student.parameters.items()}
     return found
 
