@@ -161,7 +161,7 @@ def fold_norm(tensors, norm, readers, Q, dtype):
     tensors: {name: tensor}, changed in place.  Linears without a bias cannot take what is added: the norm goes on to add it, rotated.
     Raises UsageError where the norm multiplies that by zero.
     """
-    gain, shift = (tensors.get(f"{norm}.{part}", None) for part in ("weight", "bias"))
+    gain, shift = (tensors.get(f"{norm}.{part}") for part in ("weight", "bias"))
     gain, shift = (None if t is None else t.double() for t in (gain, shift))
     biased = all(f"{name}.bias" in tensors for name in readers)
     for name in readers:
