@@ -2,15 +2,16 @@
 # The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
 #   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, a packed checkpoint and the solver where
 #                                        pytest and transformers are installed, times of LLaMA-13B's layers
+#   bash scripts/gpu_check.sh --quick    the same in at most 8 minutes: times first and at five numbers of tokens, no step for longer than its limit
 #   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (an hour or two)
 # Variables: PYTHON, OUT (a folder, by default results/gpu_check: NAME_OF_THE_GPU.json, what was compared; _steps.json, how each step went,
 # written after every step; _bench.json, the times).  Goes on after a step that fails; exit status 1 if one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python}
-case "${1-}" in
-  "" | --tune) ;;
-  *) echo "gpu_check.sh: $1: the only option is --tune" >&2; exit 2 ;;
+PYTHON=${PYTHON:-python} mode=${1-}
+case "$mode" in
+  "" | --quick | --tune) ;;
+  *) echo "gpu_check.sh: $1: the only options are --quick and --tune" >&2; exit 2 ;;
 esac
 
 gpu=$("$PYTHON" - <<'CODE'
@@ -33,19 +34,24 @@ note() {  # note STEP SECONDS RESULT: for the table, and into the JSON
   steps+=${steps:+,}$(printf '\n {"step": "%s", "seconds": %s, "result": "%s"}' "$@")
   printf '{"gpu": "%s", "arch": "%s", "steps": [%s\n]}\n' "$gpu" "$arch" "$steps" > "$STEPS"
 }
-step() {  # step NAME COMMAND...: runs it and notes how it went
-  local name=$1 result=ok start=$SECONDS
-  shift
+step() {  # step NAME LIMIT COMMAND...: runs it, with --quick for no more seconds than its limit, and notes how it went
+  local name=$1 limit=$2 result=ok start=$SECONDS
+  shift 2
   echo "== $name: $*"
+  [ "$mode" = --quick ] && set -- timeout "$limit" "$@"
   "$@" || { result="FAILED ($?)"; failed=1; }
+  [ "$result" = "FAILED (124)" ] && result="FAILED (not done in $limit s)"
   note "$name" $((SECONDS - start)) "$result"
 }
 skip() { note "$1" 0 "skipped: $2"; }
 
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
-step build "$PYTHON" -m kernels.build --arch "$arch"
-[ "${1-}" = --tune ] && step tune "$PYTHON" -m bench.tune
-step check "$PYTHON" -m bench.check --output_path "$files.json"
+bench() { step bench 90 "$PYTHON" -m bench.linears --models llama-13b --tokens "$1" --output_path "${files}_bench.json"; }
+
+step build 90 "$PYTHON" -m kernels.build --arch "$arch"
+[ "$mode" = --tune ] && step tune - "$PYTHON" -m bench.tune
+step check 90 "$PYTHON" -m bench.check --output_path "$files.json"
+[ "$mode" = --quick ] && bench 1,16,64,512,2048
 
 sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 watch=(--report-api-errors no --error-exitcode 9)  # libraries ask the driver for what it may not have: no error of a kernel
@@ -56,19 +62,19 @@ for tool in memcheck racecheck; do
     echo "$probe"
     skip $tool "compute-sanitizer does not work here"
   else  # without PyTorch's cache every tensor has its own bounds
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 45 "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
   fi
 done
 
 for name in checkpoint:cuda solver:span; do
   file=tests/test_${name#*:}.py
   if "$PYTHON" -m pytest --collect-only -q "$file" > /dev/null 2>&1; then
-    step "${name%:*}" "$PYTHON" -m pytest -q "$file" -k on_a_gpu
+    step "${name%:*}" 45 "$PYTHON" -m pytest -q "$file" -k on_a_gpu
   else
     skip "${name%:*}" "needs what requirements.txt lists"
   fi
 done
-step bench "$PYTHON" -m bench.linears --models llama-13b --tokens 1,16,17,64,256,1024 --output_path "${files}_bench.json"
+[ "$mode" = --quick ] || bench 1,16,17,64,256,1024
 
 printf '\n%s (sm_%s), %s\n%s' "$gpu" "$arch" "$STEPS" "$table"
 exit $failed

@@ -105,7 +105,7 @@ def test_what_needs_a_gpu_says_that_there_is_none():
     for main in (check.main, tune.main):
         with pytest.raises(ValueError, match="no GPU: PyTorch finds none here"):
             main(None)
-    for args, message in (((), "PyTorch finds no GPU here"), (("--fast",), "--fast: the only option is --tune")):
+    for args, message in (((), "PyTorch finds no GPU here"), (("--fast",), "--fast: the only options are --quick and --tune")):
         env = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run(["bash", "scripts/gpu_check.sh", *args], cwd=ROOT, capture_output=True, text=True, env=env)
         assert (done.returncode, done.stderr) == (2, f"gpu_check.sh: {message}\n")
@@ -148,11 +148,16 @@ def gpu_check(folder, programs, path, fail, *options):
         ("bench.check --output_path", [], ["check"]),
         ("-k on_a_gpu", [], ["checkpoint", "solver"]),
         ("-m bench.", ["--tune"], ["tune", "check", "memcheck", "racecheck", "bench"]),
+        ("-m bench.linears", ["--quick"], ["bench"]),
     ],
 )
 def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
     done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], fail, *options)
-    names = ["build", *(["tune"] if options else []), "check", "memcheck", "racecheck", "checkpoint", "solver", "bench"]
+    names = ["build", "check", "memcheck", "racecheck", "checkpoint", "solver", "bench"]
+    if "--tune" in options:
+        names.insert(1, "tune")
+    if "--quick" in options:  # times before the slow sanitizers
+        names.insert(2, names.pop())
     assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
     assert done.returncode == bool(wrong)
     assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
