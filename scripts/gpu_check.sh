@@ -46,30 +46,31 @@ step() {  # step NAME LIMIT COMMAND...: runs it, with --quick for no more second
 skip() { note "$1" 0 "skipped: $2"; }
 
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
-bench() { step bench 90 "$PYTHON" -m bench.linears --models llama-13b --tokens "$1" --output_path "${files}_bench.json"; }
+bench() { step bench 60 "$PYTHON" -m bench.linears --models llama-13b --tokens "$1" --output_path "${files}_bench.json"; }
 
-step build 90 "$PYTHON" -m kernels.build --arch "$arch"
+step build 60 "$PYTHON" -m kernels.build --arch "$arch"
 [ "$mode" = --tune ] && step tune - "$PYTHON" -m bench.tune
-step check 90 "$PYTHON" -m bench.check --output_path "$files.json"
+step check 80 "$PYTHON" -m bench.check --output_path "$files.json"
 [ "$mode" = --quick ] && bench 1,16,64,512,2048
 
 sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 watch=(--report-api-errors no --error-exitcode 9)  # libraries ask the driver for what it may not have: no error of a kernel
-for tool in memcheck racecheck; do
+for tool in memcheck:40 racecheck:120; do
+  limit=${tool#*:} tool=${tool%:*}
   if [ -z "$sanitizer" ]; then
     skip $tool "no compute-sanitizer"
   elif ! probe=$("$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -c "import torch; torch.ones(1).cuda()" 2>&1); then
     echo "$probe"
     skip $tool "compute-sanitizer does not work here"
   else  # without PyTorch's cache every tensor has its own bounds
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool 45 "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$limit" "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
   fi
 done
 
 for name in checkpoint:cuda solver:span; do
   file=tests/test_${name#*:}.py
   if "$PYTHON" -m pytest --collect-only -q "$file" > /dev/null 2>&1; then
-    step "${name%:*}" 45 "$PYTHON" -m pytest -q "$file" -k on_a_gpu
+    step "${name%:*}" 50 "$PYTHON" -m pytest -q "$file" -k on_a_gpu
   else
     skip "${name%:*}" "needs what requirements.txt lists"
   fi
