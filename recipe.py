@@ -85,7 +85,7 @@ class Recipe:
     smooth: bool = False
     alpha: float = 0.5
     min: float = 0.1
-    smooth_search: bool = False  # alpha is where the search starts from
+    smooth_search: bool = False  # an alpha for each group of linears, in place of `alpha`: see smoothquant.search_scale
     percdamp: float = 0.01
     actorder: bool = False
     true_sequential: bool = False

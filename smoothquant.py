@@ -2,10 +2,11 @@
 
 import torch
 
-from quant import fake_quant_act, from_int, rtn
+from kernels import act_codes
+from quant import find_grid
 
-STEPS = (0, -0.15, 0.15, -0.3, 0.3)  # what a search adds to alpha
-WORTH = 0.85  # of the output error without smoothing: what smoothing must get below to be worth it
+ALPHAS = [i / 10 for i in range(11)]  # that a search tries
+TINY = 1e-12
 
 
 class AbsMax:
@@ -31,25 +32,37 @@ def tie(s, rows):
 
 
 def search_scale(x, weights, recipe, rows=None):
-    """The smooth_scale, of those with alphas around recipe.alpha, with the least output error |W x - Q xq| of all weights together: (C,).
+    """The scale at which rounding is expected to cost least, of no smoothing and s = rms(x)^alpha / rms(w)^(1 - alpha) of ALPHAS: (C,).
 
-    x (B, T, C): some of the inputs.  Activations and weights, all (R, C), are rounded to nearest.  That is but a guess at what the solver
-    makes of them, so a scale must gain as much as WORTH says on no smoothing at all; else all are 1.
+    x (B, T, C): some of the inputs; weights: all (R, C) that read them.  s has the geometric mean 1 and is at least recipe.min.  With steps
+    d of the weight's grid and e of a token's, rounding errors that are uniform and independent make an output error of
+
+        sum_rc d_rc^2 / 12  mean_t x_tc^2 / s_c^2   +   mean_t e_t^2 / 12  sum_rc (w_rc s_c)^2
+
+    Tokens count relative to their |x_t|^2: else a massive one, whose error the norm after it makes small again, decides for all others.
     """
-    W, act_max = torch.cat([W.float() for W in weights]), x.abs().flatten(0, -2).amax(0).float()
-    y = x.float() @ W.T
+    W, x = torch.cat([W.float() for W in weights]), x.float()
+    share = 1 / x.square().sum(-1, keepdim=True).clamp(min=TINY)  # (B, T, 1)
+    energy = (x.square() * share).mean((0, 1)).clamp(min=TINY)  # (C,)
+    rms_x, rms_w = energy.sqrt(), W.square().mean(0).clamp(min=TINY).sqrt()
 
-    def lost(s):
-        xq = fake_quant_act((x / s).to(x.dtype), *recipe.acts).float()
-        Q = W * s if recipe.wbits == 16 else from_int(*rtn(W * s, None, recipe, "search"))
-        return torch.linalg.vector_norm(y - xq @ Q.T, dtype=torch.float64).item()
+    def expected(s):
+        cost, scaled = 0, W * s
+        if recipe.wbits < 16:
+            grid = find_grid(scaled, recipe.wbits, recipe.groupsize, recipe.sym)
+            cost = cost + (grid.columns(grid.scale, len(s)).square().sum(0) * energy / s.square()).sum()
+        if recipe.act_bits < 16:
+            _, step, _ = act_codes(x / s, *recipe.acts)
+            cost = cost + (step.square() * share).mean() * scaled.square().sum()
+        return float(cost)
 
-    best = torch.ones_like(act_max)
-    least = WORTH * lost(best)
-    for alpha in dict.fromkeys(min(max(recipe.alpha + step, 0), 1) for step in STEPS):
-        s = tie(smooth_scale(act_max, weights, alpha, recipe.min), rows)
-        if (error := lost(s)) < least:
-            best, least = s, error
+    best = torch.ones_like(energy)
+    least = expected(best)
+    for alpha in ALPHAS:
+        s = rms_x**alpha / rms_w ** (1 - alpha)
+        s = tie((s / s.log().mean().exp()).clamp(min=recipe.min), rows)
+        if (cost := expected(s)) < least:
+            best, least = s, cost
     return best
 
 

@@ -206,7 +206,7 @@ def add_smoothing_flags(group, smallest_scale):
         "--smooth_search",
         action=SWITCH,
         default=False,
-        help="for each group of linears the alpha near --alpha with the least output error on a sample",
+        help="for each group of linears the alpha at which rounding is expected to cost least, or no smoothing",
     )
 
 
@@ -406,6 +406,7 @@ def make_recipe(values, typed):
         (method.weights or acts, "quantize anything", ("rotate",)),
         (True in method.smooth or not values["smooth"], "smooth", ("smooth",)),
         (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
+        (not values["smooth_search"], "use an alpha with --smooth_search", ("alpha",)),
         (True in method.acts, "quantize activations", ("act_quant",)),
         (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken", "act_sym")),
     ):

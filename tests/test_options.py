@@ -10,6 +10,7 @@ from conftest import CPU, FinishedBlocks, decoder_blocks, recipe_of, tiny_model,
 from conftest import quantize as quantize_model
 from test_awrq import quantize
 
+import kernels
 import opt
 import run.quantize
 from formats.resume import ResumableStore, run_identity
@@ -19,7 +20,7 @@ from recipe import METHODS, PRESETS, Recipe
 from run.calibrate import Stream
 from run.quantize import BlockQuantizer, quantize_blocks
 from run.report import recipe_name
-from smoothquant import STEPS, WORTH, search_scale, smooth_scale
+from smoothquant import ALPHAS, search_scale
 
 IDS = token_ids(4, 32)
 PLUS = PRESETS["plus"]
@@ -235,34 +236,57 @@ def test_a_corrected_model_is_right_on_average(method):
 # Smoothing
 
 
-@pytest.mark.parametrize("rows", [None, torch.arange(8).view(4, 1, 2).expand(-1, 2, -1).flatten()], ids=["own rows", "shared rows"])
+SHARED_ROWS = torch.arange(8).view(4, 1, 2).expand(-1, 2, -1).flatten()
+
+
+@pytest.mark.parametrize("rows", [None, SHARED_ROWS], ids=["own rows", "shared rows"])
 @pytest.mark.parametrize(
-    ("outliers", "alpha", "wbits", "act_bits"), [(2, 0.5, 3, 8), (2, 0.5, 4, 5), (2, 0.9, 16, 5), (2, 0.1, 4, 16), (0, 0.5, 3, 8)]
+    ("outliers", "wbits", "act_bits", "settings"),
+    [(2, 3, 8, {}), (2, 4, 5, {"act_pertoken": True}), (2, 16, 5, {}), (2, 4, 16, {"groupsize": 8}), (0, 3, 8, {"act_sym": True})],
 )
-def test_the_search_finds_the_least_output_error(outliers, alpha, wbits, act_bits, rows):
+def test_the_search_finds_the_least_expected_error(outliers, wbits, act_bits, settings, rows):
+    """Against a loop over rows, columns and tokens in float64."""
     W, X = reference.layer(10, 16, outliers=outliers)
-    X[..., :outliers] *= 5
-    weights, act_max = W.split((4, 6)), X.abs().amax((0, 1))
-    recipe = Recipe(method="awrq", wbits=wbits, act_bits=act_bits, smooth=True, alpha=alpha, smooth_search=True)
+    recipe = Recipe(method="awrq", wbits=wbits, act_bits=act_bits, smooth=True, smooth_search=True, min=0.5, **settings)
+    tokens = [(b, t) for b in range(X.shape[0]) for t in range(X.shape[1])]
 
-    def lost(s):
-        xq = reference.fake_quant_act(X / s, act_bits).flatten(0, 1) if act_bits < 16 else (X / s).flatten(0, 1).double()
-        Q = (W * s).double()
-        if wbits < 16:
-            scale, zero = reference.grids(W * s, wbits, -1)
-            Q = reference.weight(reference.codes(Q, scale, zero, wbits), scale, zero)
-        return reference.output_error(W, X.flatten(0, 1), Q, xq)
+    def expected(s):
+        _, step, _ = kernels.act_codes(X / s, act_bits, recipe.act_pertoken, recipe.act_sym)
+        step = step.expand(*X.shape[:2], 1)
+        grid = find_grid(W * s, wbits if wbits < 16 else 4, recipe.groupsize)
+        wide = grid.columns(grid.scale, 16).expand(10, 16)
+        total = 0.0
+        for b, t in tokens:
+            for r in range(10):
+                for c in range(16):
+                    size = X[b, t].square().sum().item()
+                    if wbits < 16:
+                        total += (wide[r, c] * X[b, t, c] / s[c]).item() ** 2 / size
+                    if act_bits < 16:
+                        total += (step[b, t, 0] * W[r, c] * s[c]).item() ** 2 / size
+        return total
 
-    losses, plain = {}, torch.ones(16)
-    for step in STEPS:
-        s = smooth_scale(act_max, weights, min(max(alpha + step, 0), 1), recipe.min)
-        if rows is not None:
-            s = torch.stack([max(s[c] for c in range(16) if rows[c] == row) for row in rows])
-        losses[tuple(s.tolist())] = lost(s)
-    best, least = min(losses.items(), key=lambda item: item[1])
-    worth = least < WORTH**2 * lost(plain)
-    torch.testing.assert_close(search_scale(X, weights, recipe, rows), torch.tensor(best) if worth else plain)
-    assert worth == (outliers > 0) or act_bits == 16, "the cases are of both kinds"
+    tokens = tokens[:: len(tokens) // 12]  # enough, as a loop takes long
+    X = torch.stack([X[b, t] for b, t in tokens])[None]
+    tokens = [(0, t) for t in range(len(tokens))]
+    found = search_scale(X, W.split((4, 6)), recipe, rows)
+    rms_x, rms_w = (X.square() / X.square().sum(-1, keepdim=True)).mean((0, 1)).sqrt(), W.square().mean(0).sqrt()
+    tried = [torch.ones(16)]
+    for alpha in ALPHAS:
+        s = rms_x**alpha / rms_w ** (1 - alpha)
+        s = (s / s.log().mean().exp()).clamp(min=0.5)
+        tried.append(s if rows is None else torch.stack([max(s[c] for c in range(16) if rows[c] == row) for row in rows]))
+    torch.testing.assert_close(found, min(tried, key=expected))
+    assert not outliers or expected(found) < 0.9 * expected(torch.ones(16)), "smoothing outliers gains"
+
+
+def test_a_massive_token_does_not_decide_for_the_others():
+    """One token of a thousand times the size, in one channel: its scale is not what the others are smoothed by."""
+    W, X = reference.layer(32, 64)
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, act_pertoken=True, smooth=True, smooth_search=True)
+    without = search_scale(X, [W], recipe)
+    X[0, 0, 5] += 3000
+    assert (search_scale(X, [W], recipe) / without - 1).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("walk_batch", [1, 3])
