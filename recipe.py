@@ -49,18 +49,23 @@ METHODS = {
     "awrq": Method("awrq:quantize", "awrq:Moments", acts=ALWAYS, smooth=OPTIONAL),
 }
 
+PLUS = {
+    "rotate": True,
+    "act_pertoken": True,
+    "smooth": True,
+    "smooth_search": True,
+    "grid": "reformulated",
+    "clip": "hessian",
+    "percdamp": 0.03,
+    "actorder": True,
+    "true_sequential": True,
+    "target": "stream",
+    "bias_correction": True,
+}
 PRESETS = {  # defaults that take the place of the published ones; single flags override them
     "paper": {},
-    "plus": {
-        "grid": "reformulated",
-        "clip": "hessian",
-        "actorder": True,
-        "true_sequential": True,
-        "target": "stream",
-        "bias_correction": True,
-        "smooth": True,
-        "smooth_search": True,
-    },
+    "plus": PLUS,
+    "serve": PLUS | {"act_sym": True},  # what vLLM can run
 }
 
 # ---------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def check_rotation(config):
     """Raises UsageError for a model whose function a rotation would change."""
     residual = FAMILIES[config.model_type].residual
     if reason := residual.obstacle(config):
-        raise UsageError(f"--rotate: {reason}, so it cannot be rotated; leave it out")
+        raise UsageError(f"--rotate: {reason}, so it cannot be rotated; give --no-rotate")
 
 
 def untying(decoder):
@@ -173,7 +173,7 @@ def fold_norm(tensors, norm, readers, Q, dtype):
         tensors[f"{norm}.weight"] = torch.ones_like(gain, dtype=dtype)
     if shift is not None:
         if not biased and (gain == 0).any():
-            raise UsageError(f"--rotate: {norm}.weight has a zero, so what the norm adds there would be lost; leave it out")
+            raise UsageError(f"--rotate: {norm}.weight has a zero, so what the norm adds there would be lost; give --no-rotate")
         tensors[f"{norm}.bias"] = torch.zeros_like(shift, dtype=dtype) if biased else Q(shift / gain, dtype)
 
 

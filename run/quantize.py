@@ -58,6 +58,7 @@ class BlockQuantizer:
         """block: the unquantized one, on the device; changed in place."""
         self.i, self.block, self.sequences, self.recipe, self.clock = i, block, sequences, recipe, clock
         self.name, self.config, self.groups = f"block {i}", decoder.config, decoder.family.groups
+        self.norms = decoder.family.residual.norms
         self.method = METHODS[recipe.method].fitted_to(recipe.target)
         self.linears = replace_linears(block, decoder.linears, Batch())
         self.layers, self.codes, self.scales = [], {}, {}
@@ -70,17 +71,19 @@ class BlockQuantizer:
         return self.first(group).weight.shape[1]
 
     def smooth(self):
-        """Smooth every group.  All scales come from the original block, before any fold."""
+        """Smooth the groups.  All scales come from the original block, before any fold."""
         recipe, device = self.recipe, self.sequences.place.device
-        batches = None
+        batches, groups = None, self.groups
         if recipe.smooth_search:
-            seen = {g: FirstSequences(SEARCHED) for g in self.groups}
+            if recipe.rotate:  # what reads the rotated stream has no outlier channels left: there a search would follow noise
+                groups = [g for g in groups if g.producer not in self.norms]
+            seen = {g: FirstSequences(SEARCHED) for g in groups}
             batches = min(len(self.sequences), -(-SEARCHED // len(self.sequences[0])))
         else:
-            seen = {g: AbsMax(self.width(g), device) for g in self.groups}
-        observe(self.block, self.sequences, self.name, {self.first(g): (seen[g],) for g in self.groups}, batches=batches)
+            seen = {g: AbsMax(self.width(g), device) for g in groups}
+        observe(self.block, self.sequences, self.name, {self.first(g): (seen[g],) for g in groups}, batches=batches)
         scales = {}
-        for g in self.groups:
+        for g in groups:
             weights = [self.linears[n].weight for n in g.linears]
             if recipe.smooth_search:
                 scales[g] = search_scale(seen.pop(g).x, weights, recipe, g.rows(self.config))

@@ -66,6 +66,7 @@ def recipe_name(recipe):
     method = recipe["method"]
     name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
     presets = {preset: settings for preset, settings in PRESETS.items() if settings and settings.items() <= recipe.items()}
+    presets = {name: own for name, own in presets.items() if not any(own.items() < other.items() for other in presets.values())}
     covered = [name for settings in presets.values() for name in settings]
     if recipe["smooth"] and False in METHODS[method].smooth and "smooth" not in covered:
         name += " + smoothing"

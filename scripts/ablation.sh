@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every option beyond the paper, alone and added up: one JSON per cell, out/ablation/MODEL/WwAa-OPTIONS-SEED.json.  Finished cells are skipped.
+# The paper, --preset plus, and plus less one option at a time: one JSON per cell, out/ablation/MODEL/WwAa-OPTIONS-SEED.json.  Finished cells are skipped.
 #
 #   bash scripts/ablation.sh                                     everything: hours on a CPU; further flags go to each run
 #   SEEDS=0 BITS=w3a8 CELLS="paper plus" bash scripts/ablation.sh    a part of it
@@ -11,8 +11,8 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
 table=ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
-SEEDS=${SEEDS:-0 1 2 3 4}
-BITS=${BITS:-w4a8 w3a8 w4a6 w4a16}
+SEEDS=${SEEDS:-0 1 2}
+BITS=${BITS:-w4a8 w3a8 w4a6}
 shared=$(dirname "$root")/shared/data
 MODELS=${MODELS:-$shared/models/stories260k $root/demo/opt $root/demo/llama}
 MODEL_PREFIX=${MODEL_PREFIX-}
@@ -20,27 +20,26 @@ TEXT=${TEXT:-$shared/tinystories/train.txt}
 
 options="
 paper
-grid             --grid reformulated
-clip-mse         --clip mse
-clip-hessian     --clip hessian
-actorder         --actorder
-true-sequential  --true-sequential
-stream           --target stream
-stream-only      --target stream --target_mix 1
-bias             --bias_correction
 smooth           --smooth
-smooth-search    --smooth --smooth_search
-pertoken         --act_pertoken
-sum-2            --clip hessian --grid reformulated
-sum-3            --clip hessian --grid reformulated --actorder
-sum-4            --clip hessian --grid reformulated --actorder --target stream
-sum-5            --clip hessian --grid reformulated --actorder --target stream --true-sequential
-sum-6            --clip hessian --grid reformulated --actorder --target stream --true-sequential --bias_correction
+rotate           --rotate
+rotate-pertoken  --rotate --act_pertoken
 plus             --preset plus
-plus-mse         --preset plus --clip mse
-plus-only        --preset plus --target_mix 1
-plus-alpha       --preset plus --no-smooth_search
-plus-pertoken    --preset plus --act_pertoken
+serve            --preset serve
+no-rotate        --preset plus --no-rotate
+no-pertoken      --preset plus --no-act_pertoken
+no-smooth        --preset plus --no-smooth
+one-alpha        --preset plus --no-smooth_search
+weight-grid      --preset plus --grid weight
+clip-none        --preset plus --clip none
+clip-mse         --preset plus --clip mse
+damp-0.01        --preset plus --percdamp 0.01
+damp-0.1         --preset plus --percdamp 0.1
+no-actorder      --preset plus --no-actorder
+no-sequential    --preset plus --no-true-sequential
+layer            --preset plus --target layer
+stream-only      --preset plus --target_mix 1
+no-bias          --preset plus --no-bias_correction
+tuned            --preset plus --tune_steps 32
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from formats.checkpoint import Store
 from modelutils import FAMILIES, decoder_of
+from rotate import rotated
 from run import cli
 from run.pipeline import with_seqlen
 from run.quantize import quantize_blocks
@@ -131,8 +132,10 @@ CPU = torch.device("cpu")
 
 
 def quantize(model, ids, recipe, walk_batch=1, store=None):
-    """Quantize a transformers model: the quantized one, whole, the Store of its blocks, and [Layer]."""
-    store = store or Store(decoder_of(model), recipe)
+    """Quantize a transformers model, rotated if the recipe says so: the quantized one, whole, the Store of its blocks, and [Layer]."""
+    if store is None:
+        decoder = decoder_of(model)
+        store = Store(rotated(decoder, recipe.seed) if recipe.rotate else decoder, recipe)
     layers = [layer for block in quantize_blocks(store.original, ids, recipe, store, walk_batch=walk_batch) for layer in block]
     return store.decoder().materialize(CPU), store, layers
 

@@ -2,6 +2,7 @@
 
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import reference
@@ -14,12 +15,14 @@ import kernels
 import opt
 import run.quantize
 from formats.resume import ResumableStore, run_identity
-from modelutils import decoder_of
+from modelutils import FAMILIES, decoder_of
 from quant import Means, QuantLinear, fake_quant_act, find_grid, from_int, rtn
 from recipe import METHODS, PRESETS, Recipe
+from rotate import rotated
 from run.calibrate import Stream
 from run.quantize import BlockQuantizer, quantize_blocks
 from run.report import recipe_name
+from runtime import Clock, Place
 from smoothquant import ALPHAS, search_scale
 
 IDS = token_ids(4, 32)
@@ -304,6 +307,17 @@ def test_a_search_looks_at_the_first_sequences(monkeypatch, walk_batch):
     torch.testing.assert_close(seen[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_search_leaves_out_what_reads_a_rotated_stream(monkeypatch):
+    monkeypatch.setattr(run.quantize, "search_scale", lambda x, weights, *_: torch.full(x.shape[-1:], 2.0))
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, smooth_search=True, rotate=True)
+    decoder = rotated(decoder_of(tiny_model("llama", "plain")), recipe.seed)
+    sequences = decoder.embed(IDS.split(2), Place(CPU, "device"))
+    block = BlockQuantizer(0, decoder.block(0), sequences, decoder, recipe, Clock(CPU))
+    with torch.no_grad():
+        block.smooth()
+    assert set(block.scales) == {"self_attn.o_proj", "mlp.down_proj"}
+
+
 def test_a_searched_model_is_the_same_function(model):
     before = logits(model)
     smoothed, _, layers = quantize_model(model, IDS, Recipe(method="act_only", smooth=True, smooth_search=True))
@@ -333,6 +347,8 @@ def test_a_preset_sets_what_a_single_option_overrides():
     recipe = recipe_of(opt, "--method awrq --wbits 4 --preset plus")
     assert {key: getattr(recipe, key) for key in PLUS} == PLUS
     assert recipe_name(vars(recipe)) == "awrq W4A8, plus"
+    served = recipe_of(opt, "--method awrq --wbits 4 --preset serve")
+    assert served == replace(recipe, act_sym=True) and recipe_name(vars(served)) == "awrq W4A8, serve"
     changed = recipe_of(opt, "--method awrq --wbits 4 --preset plus --clip none --no-actorder")
     assert (changed.clip, changed.actorder) == ("none", False)
     assert {key: getattr(changed, key) for key in PLUS.keys() - {"clip", "actorder"}} == {
@@ -350,8 +366,12 @@ def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
         assert not recipe.actorder and recipe.grid == "weight" and recipe.target == "layer" and recipe.clip != "hessian"
 
 
-def test_plus_runs_on_every_model(model):
+@pytest.mark.parametrize("preset", ["plus", "serve"])
+def test_a_preset_runs_on_every_model(model, preset):
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, **PRESETS[preset])
+    if FAMILIES[model.config.model_type].residual.obstacle(model.config):
+        recipe = replace(recipe, rotate=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantized, _, layers = quantize_model(model, IDS, Recipe(method="awrq", wbits=4, act_bits=8, **PLUS), walk_batch=2)
+        quantized, _, layers = quantize_model(model, IDS, recipe, walk_batch=2)
     assert len(layers) == sum(map(len, model.groups)) * 2 and logits(quantized).isfinite().all()

@@ -167,7 +167,7 @@ def test_every_cell_of_the_ablation_is_a_command_that_its_script_takes(ablation,
         assert (f"w{recipe.wbits}a{recipe.act_bits}", recipe.seed) == (bits, int(seed))
         recipes[Path(args.model).name, cell] = recipe
     names = {cell.split("-", 1)[1].rpartition("-")[0] for _, cell in recipes}
-    assert len(recipes) == 2 * 2 * 2 * len(names) and {"paper", "plus", "clip-mse", "stream"} < names
+    assert len(recipes) == 2 * 2 * 2 * len(names) and {"paper", "plus", "clip-mse", "no-rotate"} < names
     plain = recipes["stories", "w4a8-paper-0"]
     assert plain == Recipe("awrq", 4, 8, min=0.01, calib_data="choose", nsamples=64, seqlen=512)
     assert {key: getattr(recipes["stories", "w4a8-plus-0"], key) for key in PRESETS["plus"]} == PRESETS["plus"]
