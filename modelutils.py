@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
 
 from formats.original import Original, assign
 from formats.shards import Tensors, find_weights
@@ -138,6 +139,9 @@ def load_config(name, script=None):
 
     Raises UsageError if there is none, or if its family is not in the table, is another script's (None: any) or cannot be walked.
     """
+    with suppress(OSError):  # the hub says soon enough what is wrong
+        if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
+            raise UsageError(f"{name}: is or has an adapter (adapter_config.json); merge it into its model first, and remove that file")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever its validators do

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from formats.names import check_complete, model_names, tied_names
+from formats.names import check_complete, check_unused, model_names, tied_names
 from formats.shards import sha256
 from recipe import UsageError
 
@@ -36,10 +36,11 @@ class Original:
     def __init__(self, skeleton, shards, prefix, name):
         """shards: see formats.shards; prefix: what the names of the tensors of all blocks begin with; name: the model's.
 
-        Raises UsageError, naming a tensor, if one is missing or of another shape than the skeleton's.
+        Raises UsageError, naming a tensor, if one is missing, of another shape than the skeleton's, or without a place in a block.
         """
         self.shards, self.prefix, self.name = shards, prefix, name
-        self.names, _ = model_names(skeleton, shards.shapes)
+        self.names, unused = model_names(skeleton, shards.shapes)
+        check_unused(unused, prefix, skeleton.config.num_hidden_layers, name)
         self.tied = self._find_tied(skeleton)
         check_complete(skeleton, self.names, shards.shapes, self.tied, name)
 

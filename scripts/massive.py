@@ -2,8 +2,8 @@
 
 python scripts/massive.py MODEL --data_dir DIR [--text wikitext2-validation] [--seqlen 512] [--out massive.png]
 
-Sun et al., "Massive Activations in Large Language Models" (2024): a few values, of the first token mostly, are hundreds of times as large as
-all others.  One scale per sequence then rounds every other token to nothing.  docs/plus.md says what to do about it.
+Sun et al., "Massive Activations in Large Language Models" (2024): a few values, of the first token mostly, are hundreds of times as
+large as all others.  One scale per sequence then rounds every other token to nothing.  docs/plus.md says what to do about it.
 """
 
 import argparse

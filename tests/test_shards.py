@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -220,6 +221,42 @@ def test_a_file_that_changes_while_it_is_read(kind, tmp_path):
     os.utime(next(tmp_path.glob("*model.*")), (1, 1))
     with one_line("model.", "has changed while it was read"):
         decoder.block(1)
+
+
+def with_tensors(folder, more):
+    """A LLaMA of two blocks in a folder, whose file has more tensors than the model: {name: tensor}."""
+    save_model(folder, tiny_model("llama", "plain"))
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_proj.bias", "mlp.up_proj.weight_scale", "self_attn.q_proj.lora_A.weight", "input_layernorm.bias"]
+)
+def test_a_tensor_without_a_place_in_a_block_is_refused(name, tmp_path):
+    """transformers drops it and says nothing: every number would be that of another model."""
+    folder = with_tensors(tmp_path, {f"model.layers.{i}.{name}": torch.ones(3) for i in range(2)})
+    with one_line(tmp_path, f"model.layers.0.{name} (2 such", "config.json"):
+        open_decoder(folder)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("model.layers.2.mlp.up_proj.weight", "config.json's 2"), ("lm_head.bias", "outside")])
+def test_a_tensor_beyond_the_blocks_is_warned_of(name, parts, tmp_path):
+    with pytest.warns(UserWarning, match=f"no place for 1 weights .*{parts}.*{name}"):
+        open_decoder(with_tensors(tmp_path, {name: torch.ones(3)}))
+
+
+@pytest.mark.parametrize("name", ["self_attn.rotary_emb.inv_freq", "attention.masked_bias"])
+def test_what_old_versions_saved_is_left_out_without_a_word(name, tmp_path):
+    with warnings.catch_warnings(action="error"):
+        open_decoder(with_tensors(tmp_path, {f"model.layers.1.{name}": torch.ones(3)}))
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    save_model(tmp_path, tiny_model())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with one_line(tmp_path, "adapter_config.json", "merge it"):
+        open_decoder(tmp_path)
 
 
 def test_experts_are_refused(tmp_path):
