@@ -292,11 +292,17 @@ def read_rows(file, parse):
 
 
 def parse_json(line):
-    """What a line of a .jsonl file holds.  UsageError if it is not JSON."""
+    """What a line of a .jsonl file holds.  UsageError if it is not JSON, or not text."""
     try:
-        return json.loads(line)
+        found = json.loads(line)
+        if "\\ud" in line.lower():  # an escape of JSON's can be half a character, which no tokenizer takes
+            json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UsageError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise UsageError(f"has {half}, half of a character (a lone surrogate); take it out") from error
+    return found
 
 
 def _json_text(line):

@@ -133,6 +133,9 @@ FAMILIES = {  # by config.model_type
 # ---------------------------------------------------------------------------
 # Configuration and tokenizer
 
+# What a fine-tuning run may have left in config.json, as this program needs it.
+RUN_SETTINGS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True, "use_cache": True}
+
 
 def load_config(name, script=None):
     """The configuration of a local folder or hub model.
@@ -143,8 +146,10 @@ def load_config(name, script=None):
         if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
             raise UsageError(f"{name}: is or has an adapter (adapter_config.json); merge it into its model first, and remove that file")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **RUN_SETTINGS)
+        config._attn_implementation = "sdpa"  # not flash_attention_2, which a configuration can ask for too
     except Exception as e:  # transformers raises whatever its validators do
+        check_no_code(name, e, "model_type")
         if os.path.isfile(os.path.join(name, "config.json")):
             raise UsageError(
                 f"{name}: its config.json is not one that transformers {transformers.__version__} takes ({first_lines(e)})"
@@ -163,6 +168,15 @@ def load_config(name, script=None):
     return config
 
 
+def check_no_code(name, error, what):
+    """Raises UsageError if transformers failed because it may not run what a model's author wrote; `what` asked for it."""
+    if "custom code" in str(error):
+        raise UsageError(
+            f"{name}: transformers {transformers.__version__} has no class of its own for its {what}, and code that comes with a model is"
+            " never run here; convert the model to a class of transformers"
+        ) from error
+
+
 def check_one_attention(config):
     """Raises UsageError if blocks get different masks: those of the first are recorded and replayed for all."""
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
@@ -175,6 +189,7 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever its backends do
+        check_no_code(name, e, "tokenizer_class")
         raise UsageError(f"{name}: no usable tokenizer there ({first_lines(e)}); save it into the model's folder") from e
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where it finds no files
         raise UsageError(f"{name}: no tokenizer there, or one without a vocabulary; save it into the model's folder")

@@ -5,6 +5,7 @@ import functools
 import json
 import tempfile
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
 
@@ -196,7 +197,9 @@ class QuantizedLM(huggingface.HFLM):
 
     def __init__(self, model, tokenizer, batch_size=1):
         """batch_size: a number or "auto"."""
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        super().__init__(
+            pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size
+        )  # it sets pad tokens, and --save comes after
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.

@@ -350,7 +350,14 @@ def test_two_files_of_one_split_are_refused(data_dir):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("{'text': 1}", "not JSON"), ("", "not JSON"), ('{"body": "a"}', '"text"'), ('{"text": 1}', '"text"'), ('["text"]', '"text"')],
+    [
+        ("{'text': 1}", "not JSON"),
+        ('{"text": "a \\ud83d b"}', r"\ud83d, half of a character"),
+        ("", "not JSON"),
+        ('{"body": "a"}', '"text"'),
+        ('{"text": 1}', '"text"'),
+        ('["text"]', '"text"'),
+    ],
 )
 def test_a_bad_json_line_is_named(line, reason, tmp_path):
     (tmp_path / "c4").mkdir()

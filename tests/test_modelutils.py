@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, WORDS, save_model, tiny_model
+from conftest import CPU, TINY, WORDS, save_model, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import OPTForCausalLM
 
 import modelutils
 from datautils import eval_tokens
@@ -97,6 +98,57 @@ def test_a_broken_config(folder):
     (folder / "config.json").write_text("{")
     with one_line(UsageError, folder, "config.json"):
         modelutils.load_config(folder)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_code_of_a_model_never_runs_and_nothing_is_asked(what, family, tmp_path, monkeypatch):
+    """transformers would ask on stdin, and run the code if it is told yes."""
+    folder = save_model(tmp_path, tiny_model(family, next(iter(TINY[family]["variants"]))))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the model's code"))
+    (folder / "acme.py").write_text(f"open({str(folder / 'RAN')!r}, 'w')\n")
+    if what == "config":
+        edit_config(folder, model_type="acmelm", auto_map={"AutoConfig": "acme.AcmeConfig"})
+        with one_line(UsageError, folder, "no class of its own for its model_type", "never run"):
+            modelutils.load_config(folder)
+    else:
+        settings = {"tokenizer_class": "AcmeTokenizer", "auto_map": {"AutoTokenizer": ["acme.AcmeTokenizer", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        if family == "opt":  # transformers knows the type's own class, and takes that
+            modelutils.load_tokenizer(folder)
+        else:
+            with one_line(UsageError, folder, "no class of its own for its tokenizer_class", "never run"):
+                modelutils.load_tokenizer(folder)
+    assert not (folder / "RAN").exists()
+
+
+def test_a_type_that_transformers_knows_loads_its_own_class_whatever_auto_map_says(folder):
+    (folder / "acme.py").write_text(f"open({str(folder / 'RAN')!r}, 'w')\n")
+    edit_config(folder, auto_map={"AutoConfig": "acme.AcmeConfig", "AutoModelForCausalLM": "acme.Acme"})
+    assert type(open_decoder(folder).skeleton) is OPTForCausalLM and not (folder / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "flash_attention_2"},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+        {"return_dict": False},
+        {"use_cache": False},
+        {"torchscript": True},
+    ],
+    ids=str,
+)
+def test_settings_of_a_run_in_config_json_change_nothing(settings, folder, tmp_path):
+    ids = token_ids(2, 16)
+    with torch.no_grad():
+        expected = tiny_model()(ids).logits
+        edit_config(folder, **settings)
+        decoder = open_decoder(folder)
+        torch.testing.assert_close(decoder.materialize(CPU)(ids).logits, expected)
+    decoder.config.save_pretrained(tmp_path / "saved")
 
 
 def test_no_weights(folder):

@@ -53,6 +53,13 @@ def requests(seed=0):
     return made
 
 
+def test_the_tokenizer_that_is_saved_later_stays_as_it_was():
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = None
+    QuantizedLM(unquantized(), tokenizer)
+    assert tokenizer.pad_token is None
+
+
 @pytest.fixture
 def announced(monkeypatch):
     """[(input ids, which tokens are no padding)] of every batch that runs."""
