@@ -402,6 +402,24 @@ def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None):
     return store.decoder()
 
 
+def check_saved(folder):
+    """Read back what --save wrote: index and headers, the first and last block, checksums included, and all outside.  Raises UsageError."""
+    decoder = open_checkpoint(folder, "float32")
+    for i in {0, len(decoder) - 1}:
+        decoder.block(i)
+    own = (name for name in decoder.skeleton.state_dict() if not name.startswith(decoder.source.prefix))
+    decoder.source.rest({decoder.source.tied.get(name, name) for name in own})
+
+
+def packed_bytes(decoder, recipe):
+    """About how large a Decoder is when it is saved by a recipe."""
+    linears, size = tuple(f".{name}.weight" for name in decoder.linears), 0
+    for name, tensor in decoder.skeleton.state_dict().items():
+        rounded = recipe.wbits < 16 and name.endswith(linears)
+        size += tensor.numel() * (recipe.wbits / 8 if rounded else decoder.stored_dtype.itemsize)
+    return int(size)
+
+
 def load(folder, dtype="auto", device="cpu", kernel=None):
     """The whole model of a folder that --save wrote, on the device, ready to evaluate or to generate; arguments as of open_checkpoint."""
     return open_checkpoint(folder, dtype, device, kernel).materialize(torch.device(device))

@@ -252,8 +252,11 @@ def remove_partial(folder, pattern):
 
 @contextmanager
 def new_folder(folder):
-    """A folder to write into, which gets its name when all has been written, and goes away if something fails before that."""
-    folder = Path(folder)
+    """A folder to write into, which gets its name when all has been written, and goes away if something fails before that.
+
+    The name may be that of an empty folder, or of a link to one, whose place it then takes.
+    """
+    folder = Path(folder).resolve()
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     claim = Claim(partial, folder)

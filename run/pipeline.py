@@ -1,9 +1,11 @@
 """The straight line of a run: check, open the model, read the text, quantize, measure, publish."""
 
 import os
+import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,7 +14,7 @@ import kernels
 from datautils import check_corpora, load_text
 from evaluation.perplexity import perplexity
 from evaluation.speed import decode, prefill
-from formats.checkpoint import Store, check_packable, computes_integers, load_packed_config, open_checkpoint
+from formats.checkpoint import Store, check_packable, check_saved, computes_integers, load_packed_config, open_checkpoint, packed_bytes
 from formats.export import check_export, export
 from formats.resume import ResumableStore, abbreviate, describe_config, differences, run_identity
 from formats.shards import new_folder
@@ -56,6 +58,7 @@ def execute(run):
     with clock("loading"):
         decoder = open_quantized(run, recipe, device) if run.load else open_decoder(run.model, run.dtype, device, subject.config)
         original = open_decoder(subject.model, run.dtype, device) if run.load and run.compare_full else decoder
+    check_space(run, subject, decoder)
     ids, texts, protocol = load_text(recipe, run.corpora, tokenizer, run.data_dir, clock, subject.calibration, run.eval_windows)
     check_vocabulary(subject.config, [ids, *texts.values()])
     protocol["tasks"] = task_protocols(tasks)
@@ -140,20 +143,63 @@ def check_targets(run, subject):
         check_packable(subject.recipe)
     if run.export:
         check_export(run.export[0], subject.recipe, subject.config)
-    for flag, folder in (("--save", run.save), ("--export", run.export and run.export[1])):
-        if folder is not None:
-            check_target(flag, Path(folder))
+    targets = {f"--{flag} {folder}": Path(folder).resolve() for flag, folder in folders(run).items()}
+    inside = targets | ({f"--output_path {run.output_path}": Path(run.output_path).resolve()} if run.output_path else {})
+    for (inner, path), (outer, folder) in product(inside.items(), targets.items()):
+        if inner != outer and folder in (path, *path.parents):
+            raise UsageError(f"{inner}: is in {outer}, which appears as a whole; give places beside each other")
+    for flag, folder in folders(run).items():
+        if flag != "checkpoint_dir":
+            check_target(f"--{flag}", Path(folder))
+
+
+def folders(run):
+    """{flag: folder} of what a run writes, in the order in which it does."""
+    found = {"checkpoint_dir": run.checkpoint_dir, "save": run.save, "export": run.export and run.export[1]}
+    return {flag: folder for flag, folder in found.items() if folder is not None}
 
 
 def check_target(flag, folder):
-    """Raises UsageError unless a folder can be made under this name."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raises UsageError unless a folder can be made under this name, or take the place of an empty one."""
+    real = folder.resolve()
+    if real.exists() and not (real.is_dir() and not any(real.iterdir())):
         raise UsageError(f"{flag} {folder}: is there already; give another name")
+    if real == Path.cwd():
+        raise UsageError(f"{flag} {folder}: is the folder that you are in; give a name in it")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.parent).close()
+        real.parent.mkdir(parents=True, exist_ok=True)
+        probe = Path(tempfile.mkdtemp(dir=real.parent))
     except OSError as e:
-        raise UsageError(f"{flag} {folder}: cannot write into {folder.parent} ({e.strerror}); give another folder") from e
+        raise UsageError(f"{flag} {folder}: cannot write into {real.parent} ({e.strerror}); give another folder") from e
+    try:
+        if real.exists():
+            probe.chmod(real.stat().st_mode)
+            os.rename(probe, real)
+        else:
+            probe.rmdir()
+    except OSError as e:
+        probe.rmdir()
+        raise UsageError(f"{flag} {folder}: is an empty folder that nothing can replace ({e.strerror}); give a name in it") from e
+
+
+def check_space(run, subject, decoder):
+    """Raises UsageError unless there is room for what a run writes, as far as that can be estimated."""
+    size, recipe = packed_bytes(decoder, subject.recipe), subject.recipe
+    streams = (
+        recipe.nsamples * recipe.seqlen * decoder.config.hidden_size * decoder.dtype.itemsize * (2 if recipe.target == "stream" else 1)
+    )
+    needed = {}
+    for flag, folder in folders(run).items():
+        there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
+        device = there.stat().st_dev
+        linked = flag == "save" and device in needed  # a save has the blocks of --checkpoint_dir under second names
+        needed[device] = needed.get(device, 0) + (0 if linked else size + streams * (flag == "checkpoint_dir"))
+        free = shutil.disk_usage(there).free
+        if free < needed[device]:
+            raise UsageError(
+                f"--{flag} {folder}: about {needed[device] / 2**30:.2f} GiB are needed there, and {free / 2**30:.2f} GiB are free;"
+                " give a folder with more room"
+            )
 
 
 def check_writable(path):
@@ -231,6 +277,7 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
         if run.save:
             with clock("writing"):
                 store.finish(partial, subject.tokenizer, {"model": subject.model, "calibration": calibration})
+                check_saved(partial)
     if run.save:
         store.folder = store.folder if run.checkpoint_dir else Path(run.save)
         print(f"{run.save}: {store.size()}")

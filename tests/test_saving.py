@@ -1,8 +1,12 @@
 """--save, --load, --checkpoint_dir and --export as a user types them, and what cannot be."""
 
+import errno
 import json
+import os
 import resource
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import in_child, save_model, tiny_model
@@ -12,6 +16,8 @@ from test_checkpoint import spoilt as spoilt
 from test_runs import cli as cli
 
 import main
+from formats.checkpoint import Store
+from run import pipeline
 
 
 @pytest.fixture
@@ -77,6 +83,64 @@ def test_a_target_that_cannot_be(refused, tiny_opt, folder, tmp_path):
     )
     for flag in (("--save", "x"), ("--checkpoint_dir", "x"), ("--export", "compressed-tensors", "x")):
         refused(["act_only", "pack"], tiny_opt, "--method", "act_only", *flag)
+
+
+RTN = ("--method", "rtn", "--wbits", 4, "--calib_data", "own", "--seqlen", 16, "--nsamples", 2)
+
+
+def test_targets_inside_each_other(refused, tiny_opt, tmp_path):
+    """Found before: at the end the outer one could not get its name, or would have gone with what is in it."""
+    a = tmp_path / "a"
+    for flags in (
+        ("--save", a, "--checkpoint_dir", a / "blocks"),
+        ("--checkpoint_dir", a, "--save", a / "saved"),
+        ("--save", a, "--export", "compressed-tensors", a / "exported"),
+        ("--save", a, "--checkpoint_dir", a),
+        ("--save", a, "--output_path", a / "results.json"),
+    ):
+        refused(["is in --", "beside each other"], tiny_opt, *RTN, *flags)
+        assert not [path for path in tmp_path.iterdir() if path != a or any(a.iterdir())]
+
+
+def test_an_empty_folder_and_a_link_to_one(cli, corpora, tiny_opt, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    status, _, err = cli(tiny_opt, *RTN, "--save", tmp_path / "link", "--data_dir", corpora, "--device", "cpu")
+    assert status == 0, err
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "config.json").is_file() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_nothing_can_replace(refused, tiny_opt, tmp_path, monkeypatch):
+    """As a mounted one, or the one that the user is in."""
+    monkeypatch.chdir(tmp_path)
+    refused(["--save .", "give a name in it"], tiny_opt, *RTN, "--save", ".")
+    (tmp_path / "mounted").mkdir()
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rename", busy)
+    refused(["--save mounted", "resource busy", "give a name in it"], tiny_opt, *RTN, "--save", "mounted")
+    assert [path.name for path in tmp_path.iterdir()] == ["mounted"]
+
+
+def test_a_disk_without_room_is_found_before_quantizing(refused, tiny_opt, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *_: pytest.fail("quantized first"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for flags in (("--save", tmp_path / "a"), ("--checkpoint_dir", tmp_path / "b"), ("--export", "compressed-tensors", tmp_path / "c")):
+        refused([flags[0], flags[-1], "are needed", "are free"], tiny_opt, *RTN, *flags)
+
+
+def test_a_save_is_read_back(cli, corpora, tiny_opt, tmp_path, monkeypatch):
+    def damaged(store, folder, *args):
+        finish(store, folder, *args)
+        path = next(folder.glob("awrq-00001*"))
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    finish = Store.finish
+    monkeypatch.setattr(Store, "finish", damaged)
+    status, _, err = cli(tiny_opt, *RTN, "--save", tmp_path / "a", "--data_dir", corpora, "--device", "cpu")
+    assert status == 2 and "is damaged" in err[-1] and not (tmp_path / "a").exists()
 
 
 def test_a_disk_that_is_full(refused, tiny_opt, tmp_path):
