@@ -27,6 +27,7 @@ from runtime import Clock
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import compare_llmcompressor  # noqa: E402
+import plot_losses  # noqa: E402
 import table  # noqa: E402
 
 # ---------------------------------------------------------------------------
@@ -203,6 +204,31 @@ def test_the_table_of_the_ablation(results, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if line.startswith("| ")]
     assert rows == [["", "W3A8"], ["awrq", "8.100 ± 0.100 (2)"], ["awrq, plus", "6.200 ± 0.200 (2)"]]
     assert "- the full model: 5.000" in first and "- W3A8: awrq, plus closes 61 % of 3.100 that awrq loses" in first
+
+
+def test_losses_are_drawn_over_the_unquantized_model(results, tmp_path, run_script):
+    results("m/full.json", "/a/m", {"own": 10.0}, method="full")
+    folder = tmp_path / "opt"
+    status, _, err = run_script(plot_losses, folder)
+    assert status == 2 and "no run there but" in err[-1]
+    awrq = {"method": "awrq", "wbits": 4, "act_bits": 8}
+    results("m/tuned.json", "/a/m", {"own": 11.0}, tune_steps=8, **awrq)
+    results("m/plain.json", "/a/m", {"own": 20.0, "other": 3.0}, **awrq)
+    results("m/three.json", "/a/m", {"own": 30.0}, **awrq | {"wbits": 3})
+    status, out, _ = run_script(plot_losses, folder, "--out", tmp_path / "a.png")
+    assert status == 0 and out.splitlines()[:3] == [
+        "awrq W4A8: own 0.693",
+        "awrq W4A8, tune_steps 8: own 0.095",
+        "awrq W3A8: own 1.099",
+    ]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    results("n/full.json", "/a/n", {"own": 10.0}, method="full")
+    status, _, err = run_script(plot_losses, folder)
+    assert status == 2 and "one model" in err[-1]
+    shutil.rmtree(folder / "n")
+    (folder / "m" / "full.json").unlink()
+    status, _, err = run_script(plot_losses, folder)
+    assert status == 2 and "--method full" in err[-1]
 
 
 def test_without_llmcompressor_there_is_a_line_about_it(run_script):
