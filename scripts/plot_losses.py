@@ -13,12 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from table import column, common_protocol, corpus_protocol, read, row_order
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipe import UsageError
 from run.cli import Parser
 from run.report import DEFAULTS, recipe_name
+from scripts.table import column, common_protocol, corpus_protocol, read, row_order
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 

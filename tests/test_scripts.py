@@ -129,15 +129,17 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
 def test_every_cell_of_the_real_model_is_a_command_that_main_takes(sweep, tmp_path):
     done, calls = sweep("--data_dir", "my data", script="real.sh")
     assert done.returncode == 0, done.stderr
-    assert len(calls) == 1 + 6 * 3
+    assert len(calls) == 1 + 8 * 3
     for script, *argv in calls:
         assert script == str(tmp_path / "my repo/main.py")
         args, recipe = parsed(main, argv, 8192)
         method, *rest, bits, seed = ["full", "w16a16", "0"] if argv[-1].endswith("full.json") else Path(args.output_path).stem.split("-")
-        assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}") == ("awrq" if method == "plus" else method, bits) and seed == "0"
+        preset = PRESETS.get(method, {})
+        assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}") == ("awrq" if preset else method, bits) and seed == "0"
         expected = Recipe(recipe.method, recipe.wbits, recipe.act_bits, min=0.01, calib_data="c4-joined", nsamples=64, seqlen=512)
         smooth = rest == ["smooth"] or method == "smoothquant"
-        assert recipe == replace(expected, **{"smooth": smooth} | (PRESETS["plus"] if method == "plus" else {})), argv
+        tuned = {"tune_steps": 64} if rest == ["tuned"] else {}
+        assert recipe == replace(expected, **{"smooth": smooth} | preset | tuned), argv
         assert args.corpora == ("wikitext2", "c4-joined") and args.eval_windows == (0, 24)
 
 
