@@ -10,7 +10,8 @@ from copy import deepcopy
 
 import torch
 
-from modelutils import FAMILIES, Decoder, skeleton
+from families import FAMILIES
+from modelutils import Decoder, skeleton
 from recipe import UsageError
 
 LARGEST = 64  # of the Hadamard factors: two products with 64 columns are faster than one with 4096

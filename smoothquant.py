@@ -86,6 +86,6 @@ def fold(s, linears, producer=None, rows=None):
 
 
 def fold_group(block, group, linears, config, s):
-    """Fold a scale s (C,) into the linears, {name: QuantLinear}, of a modelutils.Group, and into their producer if that is exact."""
+    """Fold a scale s (C,) into the linears, {name: QuantLinear}, of a families.Group, and into their producer if that is exact."""
     producer = block.get_submodule(group.producer) if group.exact(config) else None
     fold(s, [linears[name] for name in group.linears], producer, group.rows(config))

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from modelutils import FAMILIES, skeleton
+from families import FAMILIES
+from modelutils import skeleton
 from run.cli import Parser
 from run.report import table
 from runtime import commit, versions, write_json

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from families import FAMILIES
 from formats.checkpoint import check_packable, rest_of, shard_name, without_codes, write_about, write_index
 from formats.shards import new_folder, write_shard
-from modelutils import FAMILIES, skeleton
+from modelutils import skeleton
 from recipe import UsageError
 
 

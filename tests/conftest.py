@@ -17,8 +17,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from families import FAMILIES
 from formats.checkpoint import Store
-from modelutils import FAMILIES, decoder_of
+from modelutils import decoder_of
 from rotate import rotated
 from run import cli
 from run.pipeline import with_seqlen

@@ -7,7 +7,8 @@ import torch
 from conftest import CPU, TINY, VARIANTS, decoder_blocks, tiny_model, token_ids
 from torch import nn
 
-from modelutils import FAMILIES, Sequences, decoder_of, default_walk_batch, run_block
+from families import FAMILIES
+from modelutils import Sequences, decoder_of, default_walk_batch, run_block
 from runtime import Place
 
 IDS = token_ids(5, 48)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # a room may import those above it; a folder is a room, but for formats/, whose files lie on several floors
-    ("recipe",),
+    ("recipe", "families"),
     ("kernels", "datautils", "runtime"),
     ("quant", "formats.shards", "formats.names"),
     ("gptq", "smoothquant", "formats.original"),

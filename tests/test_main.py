@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import main
 import opt
-from modelutils import FAMILIES
+from families import FAMILIES
 from run import cli
 
 # The LLaMA commands of the paper's repository (zero_shot/run_llama.sh in the forms that its README has), and what each must mean.

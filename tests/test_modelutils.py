@@ -15,7 +15,8 @@ from transformers import OPTForCausalLM
 
 import modelutils
 from datautils import eval_tokens
-from modelutils import FAMILIES, open_decoder
+from families import FAMILIES
+from modelutils import open_decoder
 from recipe import UsageError
 
 GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"

@@ -14,8 +14,9 @@ from test_awrq import quantize
 import kernels
 import opt
 import run.quantize
+from families import FAMILIES
 from formats.resume import ResumableStore, run_identity
-from modelutils import FAMILIES, decoder_of
+from modelutils import decoder_of
 from quant import Means, QuantLinear, fake_quant_act, find_grid, from_int, rtn
 from recipe import METHODS, PRESETS, Recipe
 from rotate import rotated

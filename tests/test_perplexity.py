@@ -10,7 +10,8 @@ from conftest import CPU, TINY, decoder_blocks, quantize, tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.perplexity import perplexity
-from modelutils import FAMILIES, decoder_of
+from families import FAMILIES
+from modelutils import decoder_of
 from recipe import METHODS, Recipe
 from runtime import Place
 

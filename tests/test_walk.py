@@ -15,8 +15,9 @@ from torch import nn
 import quant
 import run.quantize
 from evaluation.perplexity import perplexity
+from families import FAMILIES
 from formats.checkpoint import Store
-from modelutils import FAMILIES, Decoder, decoder_of
+from modelutils import Decoder, decoder_of
 from recipe import METHODS, Recipe
 from run.calibrate import FirstSequences, repeated
 from run.quantize import BlockQuantizer, quantize_blocks

@@ -19,9 +19,10 @@ from lm_eval.models.huggingface import HFLM
 import quant
 from evaluation import zeroshot
 from evaluation.zeroshot import QuantizedLM, check_fewshot, leaves, load_tasks, task_protocol, zero_shot
+from families import FAMILIES
 from formats.checkpoint import Store
 from gptq import one_thread
-from modelutils import FAMILIES, decoder_of, load_tokenizer, open_decoder
+from modelutils import decoder_of, load_tokenizer, open_decoder
 from quant import Batch
 from recipe import Recipe
 from run.report import accuracies, average, task_table

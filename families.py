@@ -1,0 +1,110 @@
+"""The table of families: where the blocks of a model are, what their linears read, and who writes the residual stream."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same input, and the module of the block that it comes from."""
+
+    producer: str  # takes 1/s of a smoothing scale
+    linears: tuple[str, ...]
+    exact: Callable = lambda config: True  # whether 1/s can go into the producer without changing the function
+    rows: Callable = lambda config: None  # (C,): the row of the producer that each column of the input comes from, if not its own
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Who reads and who writes the residual stream, so that it can be rotated: see rotate.py."""
+
+    embeddings: tuple[str, ...]  # modules whose rows are added up to the stream
+    final_norm: str
+    head: str
+    norms: tuple[str, ...]  # of a block: producers of the groups that read the stream
+    writers: tuple[str, ...]  # linears of a block that add to it
+    values: tuple[str, str]  # the linear that makes the values, and the one that reads them after attention has mixed them
+    centered: bool = False  # whether the norms subtract the mean
+    obstacle: Callable = lambda config: None  # why a model has another function when it is rotated
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one script knows of a model: where its decoder blocks are, and which linears of a block read the same input."""
+
+    script: str  # the one that takes it
+    blocks: str  # the list of decoder blocks
+    groups: tuple[Group, ...]  # in the order of execution
+    residual: Residual
+    flat: tuple[str, ...] = ()  # linears that read (B * T, C)
+
+
+def opt_pre_norm(config):
+    """OPT-350m normalises after the residual sum: its norms feed the residual too, and can absorb nothing."""
+    return config.do_layer_norm_before and config.layer_norm_elementwise_affine
+
+
+def opt_obstacle(config):
+    """What a rotation of OPT's stream would change."""
+    if not config.do_layer_norm_before or getattr(config, "_remove_final_layer_norm", False):
+        return "this model normalizes after the residual sum"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "this model projects its embedding"
+    return None
+
+
+def value_rows(config):
+    """The row of v_proj that each column of o_proj reads: with grouped-query attention, query heads in a row share a head of values."""
+    heads, shared = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.arange(heads * head_dim).view(heads, 1, head_dim).expand(-1, shared, -1).flatten()
+
+
+LLAMA = Family(  # an RMSNorm feeds nothing else, v is linear, and up is multiplied by the gate after it: every fold is exact
+    script="main.py",
+    blocks="model.layers",
+    groups=(
+        Group("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Group("self_attn.v_proj", ("self_attn.o_proj",), rows=value_rows),
+        Group("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Group("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+    residual=Residual(
+        embeddings=("model.embed_tokens",),
+        final_norm="model.norm",
+        head="lm_head",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        values=("self_attn.v_proj", "self_attn.o_proj"),
+    ),
+)
+
+FAMILIES = {  # by config.model_type
+    "llama": LLAMA,  # LLaMA 1, 2 and 3
+    "mistral": LLAMA,
+    "qwen2": LLAMA,  # biases on q, k, v
+    "qwen3": LLAMA,  # norms on q and k, after their linears
+    "opt": Family(
+        script="opt.py",
+        blocks="model.decoder.layers",
+        groups=(
+            Group("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), opt_pre_norm),
+            Group("self_attn.v_proj", ("self_attn.out_proj",)),
+            Group("final_layer_norm", ("fc1",), opt_pre_norm),
+            Group("fc1", ("fc2",), lambda config: config.activation_function == "relu"),  # relu(s x) = s relu(x)
+        ),
+        residual=Residual(
+            embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+            final_norm="model.decoder.final_layer_norm",
+            head="lm_head",
+            norms=("self_attn_layer_norm", "final_layer_norm"),
+            writers=("self_attn.out_proj", "fc2"),
+            values=("self_attn.v_proj", "self_attn.out_proj"),
+            centered=True,
+            obstacle=opt_obstacle,
+        ),
+        flat=("fc1", "fc2"),
+    ),
+}
