@@ -70,11 +70,32 @@ def check_fewshot(task, n):
         raise UsageError(f"--num_fewshot {n}: draws from {needed} examples or more, {task.config.task} has {there}; ask for fewer")
 
 
-def check_tasks(tasks, num_fewshot, config, tokenizer):
-    """Raises UsageError if a task has too few examples, or text that a model's tokenizer gives tokens that the model does not know."""
+def check_tasks(tasks, num_fewshot, config, tokenizer, batch_size=1):
+    """Raises UsageError for what lm-eval would stop on after hours: too few examples, text or prompts that the tokenizer cannot give the
+    model, beam search in batches.
+    """
     for task in leaves(tasks):
         check_fewshot(task, num_fewshot)
         check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
+        check_special_tokens(task, num_fewshot, tokenizer)
+        beams = (task.config.generation_kwargs or {}).get("num_beams", 1)
+        if beams > 1 and batch_size != 1:
+            raise UsageError(f"{task.config.task} searches with {beams} beams, which runs one prompt at a time here: give --batch_size 1")
+
+
+def check_special_tokens(task, num_fewshot, tokenizer):
+    """Raises UsageError if a task needs a first or last token that the tokenizer does not have."""
+    kind, first = task.config.output_type, (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if kind == "generate_until":
+        missing = tokenizer.eos_token_id is None and "EOS token, at which a generation ends"
+    elif first != (None, None):
+        return
+    else:
+        shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
+        bare = kind == "loglikelihood_rolling" or (not shots and any(task.doc_to_text(doc) == "" for doc in task.eval_docs))
+        missing = bare and "BOS or EOS token, which stands before a text without a prompt"
+    if missing:
+        raise UsageError(f"{task.config.task}: the tokenizer has no {missing}; name one in the model's tokenizer_config.json")
 
 
 def sample_text(task, n=100):
@@ -197,9 +218,10 @@ class QuantizedLM(huggingface.HFLM):
 
     def __init__(self, model, tokenizer, batch_size=1):
         """batch_size: a number or "auto"."""
-        super().__init__(
-            pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size
-        )  # it sets pad tokens, and --save comes after
+        own = deepcopy(tokenizer)  # lm-eval sets its pad token, and --save writes the model's
+        if own.pad_token_id is None or own.pad_token_id >= model.config.vocab_size:  # lm-eval would add one that the model does not know
+            own.pad_token = own.convert_ids_to_tokens(0)  # which one does not matter, as our linears know what is padding
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.

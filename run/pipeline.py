@@ -223,7 +223,7 @@ def find_tasks(run, subject):
     from evaluation.zeroshot import check_tasks, load_tasks  # where they are needed: lm-eval takes seconds to import
 
     tasks = load_tasks(run.tasks, run.data_dir, run.num_fewshot, run.skip_missing)
-    check_tasks(tasks, run.num_fewshot, subject.config, subject.tokenizer)
+    check_tasks(tasks, run.num_fewshot, subject.config, subject.tokenizer, run.batch_size)
     return tasks
 
 

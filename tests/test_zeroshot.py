@@ -54,6 +54,55 @@ def requests(seed=0):
     return made
 
 
+def a_task(kind, prompts=("a", "b"), shots=0, **generation):
+    config = SimpleNamespace(task="it", output_type=kind, num_fewshot=shots, generation_kwargs=generation or None)
+    return SimpleNamespace(config=config, eval_docs=prompts, doc_to_text=lambda doc: doc, doc_to_target=lambda doc: doc)
+
+
+def special(bos, eos):
+    return SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
+
+
+@pytest.mark.parametrize(
+    ("task", "tokens", "missing"),
+    [
+        (a_task("generate_until"), (0, None), "no EOS token"),
+        (a_task("generate_until"), (None, 0), None),
+        (a_task("loglikelihood_rolling"), (None, None), "no BOS or EOS token"),
+        (a_task("loglikelihood_rolling"), (0, None), None),
+        (a_task("multiple_choice", ("a", "")), (None, None), "no BOS or EOS token"),
+        (a_task("multiple_choice", ("a", ""), shots=2), (None, None), None),
+        (a_task("multiple_choice"), (None, None), None),
+    ],
+)
+def test_a_task_whose_tokens_the_tokenizer_lacks_is_found_before(task, tokens, missing):
+    if missing is None:
+        zeroshot.check_special_tokens(task, None, special(*tokens))
+    else:
+        with pytest.raises(ValueError, match=f"^it: the tokenizer has {missing}.*tokenizer_config.json"):
+            zeroshot.check_special_tokens(task, None, special(*tokens))
+
+
+def test_beam_search_runs_one_prompt_at_a_time():
+    tokenizer, config = toy_tokenizer(), tiny_model("llama", "plain").config
+    task = a_task("generate_until", ("word1",), num_beams=4)
+    task.has_training_docs = task.has_validation_docs = lambda: False
+    zeroshot.check_tasks([task], None, config, tokenizer, 1)
+    for batch_size in (2, "auto"):
+        with pytest.raises(ValueError, match="4 beams.*--batch_size 1"):
+            zeroshot.check_tasks([task], None, config, tokenizer, batch_size)
+
+
+def test_a_pad_token_is_one_that_the_model_knows():
+    tokenizer = toy_tokenizer([*WORDS, "<pad beyond>"])
+    for name in ("pad_token", "unk_token", "eos_token", "bos_token"):
+        setattr(tokenizer, name, None)
+    model = unquantized()
+    assert QuantizedLM(model, tokenizer).tokenizer.pad_token_id < model.config.vocab_size == len(WORDS)
+    tokenizer.pad_token = "<pad beyond>"
+    assert QuantizedLM(model, tokenizer).tokenizer.pad_token_id < model.config.vocab_size
+
+
 def test_the_tokenizer_that_is_saved_later_stays_as_it_was():
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = None
