@@ -1,6 +1,7 @@
 """The command line: argv to a Run, or one line about what is wrong.  Imports nothing slow, so that --help is quick."""
 
 import argparse
+import importlib.metadata
 import logging
 import sys
 import warnings
@@ -191,9 +192,7 @@ def add_method_flags(group):
 
 
 def add_smoothing_flags(group, smallest_scale):
-    group.add_argument(
-        "--rotate", action=SWITCH, default=False, help="rotate the residual stream and the heads of values first: same function"
-    )
+    group.add_argument("--rotate", action=SWITCH, default=False, help="rotate residual stream and values first: the same function")
     group.add_argument("--smooth", action=SWITCH, help="smooth activations first (default: only smoothquant does)")
     group.add_argument("--alpha", type=float, default=0.5, help="share of the difficulty moved to the weights, 0 to 1 (default 0.5)")
     group.add_argument(
@@ -443,6 +442,8 @@ def main(script, doc, argv=None, **defaults):
     parser = make_parser(script, doc, **defaults)
     with parser.one_line_errors():
         run = parse(parser, argv)
+        if (found := importlib.metadata.version("transformers")).partition(".")[0] != "5":  # else an import would fail in the middle
+            raise UsageError(f"transformers {found} is installed, this program needs version 5: pip install -r requirements.txt")
         quiet_libraries()
         from run.pipeline import execute  # only now: it takes seconds
 

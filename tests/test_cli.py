@@ -297,3 +297,12 @@ def test_names_of_flags_are_those_of_the_tables():
     for method in METHODS.values():
         for name in (method.weights, method.stats, *(method.stream or ())):
             assert name is None or callable(resolve_name(name)), name
+
+
+def test_another_major_version_of_transformers_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
+    with pytest.raises(SystemExit) as stopped:
+        opt.main(["MODEL"])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and "transformers 4.57.6" in err[0] and "needs version 5" in err[0] and "requirements.txt" in err[0]
