@@ -4,6 +4,7 @@
 # Variables: OUT, MODEL_PREFIX, PYTHON.  `flags`: what the user adds to every run.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
 results=${OUT:-$root/out}
+[[ -x $root/.venv/bin/python ]] && PYTHON=${PYTHON:-$root/.venv/bin/python}  # that of make
 PYTHON=${PYTHON:-python}
 flags=("$@")
 failed=""

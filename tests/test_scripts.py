@@ -126,6 +126,18 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
     assert {path.stem for path in (out / "Llama-2-70b-hf").iterdir()} == LLAMA_CELLS
 
 
+def test_the_scripts_take_the_python_of_make_where_it_is(sweep, tmp_path):
+    """And $PYTHON before that."""
+    python = tmp_path / "my repo/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "bin/python", python)
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 9\n")
+    done, calls = sweep(script="real.sh", BITS="w4a8")
+    assert done.returncode == 0 and len(calls) == 9
+    python.write_text("#!/bin/sh\nexit 9\n")
+    assert sweep(script="real.sh", BITS="w3a8")[0].returncode == 1
+
+
 def test_every_cell_of_the_real_model_is_a_command_that_main_takes(sweep, tmp_path):
     done, calls = sweep("--data_dir", "my data", script="real.sh")
     assert done.returncode == 0, done.stderr
