@@ -39,10 +39,12 @@ def search_scale(x, weights, recipe, rows=None):
 
         sum_rc d_rc^2 / 12  mean_t x_tc^2 / s_c^2   +   mean_t e_t^2 / 12  sum_rc (w_rc s_c)^2
 
-    Tokens count relative to their |x_t|^2: else a massive one, whose error the norm after it makes small again, decides for all others.
+    Tokens count relative to their |x_t|^2, and those of zeros not at all: else a massive one, whose error the norm after it makes small
+    again, would decide for all others.
     """
     W, x = torch.cat([W.float() for W in weights]), x.float()
-    share = 1 / x.square().sum(-1, keepdim=True).clamp(min=TINY)  # (B, T, 1)
+    size = x.square().sum(-1, keepdim=True)  # (B, T, 1)
+    share = torch.where(size > 0, 1 / size.clamp(min=TINY), 0)
     energy = (x.square() * share).mean((0, 1)).clamp(min=TINY)  # (C,)
     rms_x, rms_w = energy.sqrt(), W.square().mean(0).clamp(min=TINY).sqrt()
 

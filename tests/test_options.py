@@ -308,6 +308,17 @@ def test_a_search_looks_at_the_first_sequences(monkeypatch, walk_batch):
     torch.testing.assert_close(seen[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_token_of_zeros_counts_for_nothing(per_token):
+    """A ReLU can leave one, whose grid has a step of 1 although there is nothing to round."""
+    W, X = reference.layer(32, 64, outliers=3)
+    recipe = Recipe(method="awrq", wbits=4, act_bits=6, act_pertoken=per_token, smooth=True, smooth_search=True)
+    with_zeros = torch.cat((X, torch.zeros_like(X[:, :1])), 1)
+    found = search_scale(X, [W], recipe)
+    assert (found != 1).any()
+    torch.testing.assert_close(search_scale(with_zeros, [W], recipe), found)
+
+
 def test_a_search_leaves_out_what_reads_a_rotated_stream(monkeypatch):
     monkeypatch.setattr(run.quantize, "search_scale", lambda x, weights, *_: torch.full(x.shape[-1:], 2.0))
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, smooth_search=True, rotate=True)
