@@ -185,15 +185,14 @@ def check_target(flag, folder):
 def check_space(run, subject, decoder):
     """Raises UsageError unless there is room for what a run writes, as far as that can be estimated."""
     size, recipe = packed_bytes(decoder, subject.recipe), subject.recipe
-    streams = (
-        recipe.nsamples * recipe.seqlen * decoder.config.hidden_size * decoder.dtype.itemsize * (2 if recipe.target == "stream" else 1)
-    )
+    tokens, streams = recipe.nsamples * recipe.seqlen, 2 if recipe.target == "stream" else 1
+    sequences = streams * tokens * decoder.config.hidden_size * decoder.dtype.itemsize  # which --checkpoint_dir keeps as well
     needed = {}
     for flag, folder in folders(run).items():
         there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
         device = there.stat().st_dev
         linked = flag == "save" and device in needed  # a save has the blocks of --checkpoint_dir under second names
-        needed[device] = needed.get(device, 0) + (0 if linked else size + streams * (flag == "checkpoint_dir"))
+        needed[device] = needed.get(device, 0) + (0 if linked else size + sequences * (flag == "checkpoint_dir"))
         free = shutil.disk_usage(there).free
         if free < needed[device]:
             raise UsageError(
