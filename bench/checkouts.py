@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from formats.shards import sha256
-from run.cli import Parser, positive
+from run.flags import Parser, positive
 from run.report import table
 
 ROOT = Path(__file__).resolve().parents[1]

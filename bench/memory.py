@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from families import FAMILIES
 from modelutils import skeleton
-from run.cli import Parser
+from run.flags import Parser
 from run.report import table
 from runtime import commit, versions, write_json
 

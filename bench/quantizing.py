@@ -22,7 +22,7 @@ from formats.checkpoint import Store
 from modelutils import decoder_of, default_walk_batch
 from quant import find_grid
 from recipe import METHODS, Recipe
-from run.cli import Parser, positive
+from run.flags import Parser, positive
 from run.quantize import quantize_blocks
 from runtime import Clock, Place, find_device, write_json
 from tests import reference

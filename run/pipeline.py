@@ -1,11 +1,7 @@
 """The straight line of a run: check, open the model, read the text, quantize, measure, publish."""
 
-import os
-import shutil
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,13 +10,14 @@ import kernels
 from datautils import check_corpora, load_text
 from evaluation.perplexity import perplexity
 from evaluation.speed import decode, prefill
-from formats.checkpoint import Store, check_packable, check_saved, computes_integers, load_packed_config, open_checkpoint, packed_bytes
-from formats.export import check_export, export
+from formats.checkpoint import Store, check_saved, computes_integers, load_packed_config, open_checkpoint
+from formats.export import export
 from formats.resume import ResumableStore, abbreviate, describe_config, differences, run_identity
 from formats.shards import new_folder
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
 from recipe import Recipe, UsageError
 from rotate import check_rotation, rotated, untying
+from run.checks import check_lengths, check_space, check_targets, check_writable
 from run.quantize import calibration_place, quantize_blocks
 from run.report import report, show
 from run.tune import tune
@@ -127,92 +124,6 @@ def with_seqlen(recipe, seqlen, context):
     if seqlen > context:
         raise UsageError(f"--seqlen {seqlen}: the model's context is {context} tokens")
     return replace(recipe, seqlen=seqlen)
-
-
-def check_lengths(run, config):
-    """Raises UsageError unless a model can take what the benchmarks give it."""
-    context = config.max_position_embeddings
-    for flag, tokens, least in (("benchmark", run.benchmark, 2), ("benchmark_prefill", run.benchmark_prefill, 1)):
-        if tokens and not least <= tokens <= context:
-            raise UsageError(f"--{flag} {tokens}: must be {least} to {context} tokens, the model's context")
-
-
-def check_targets(run, subject):
-    """Raises UsageError unless everything that the run will write can be had, as far as that shows before."""
-    if run.save or run.checkpoint_dir:
-        check_packable(subject.recipe)
-    if run.export:
-        check_export(run.export[0], subject.recipe, subject.config)
-    targets = {f"--{flag} {folder}": Path(folder).resolve() for flag, folder in folders(run).items()}
-    inside = targets | ({f"--output_path {run.output_path}": Path(run.output_path).resolve()} if run.output_path else {})
-    for (inner, path), (outer, folder) in product(inside.items(), targets.items()):
-        if inner != outer and folder in (path, *path.parents):
-            raise UsageError(f"{inner}: is in {outer}, which appears as a whole; give places beside each other")
-    for flag, folder in folders(run).items():
-        if flag != "checkpoint_dir":
-            check_target(f"--{flag}", Path(folder))
-
-
-def folders(run):
-    """{flag: folder} of what a run writes, in the order in which it does."""
-    found = {"checkpoint_dir": run.checkpoint_dir, "save": run.save, "export": run.export and run.export[1]}
-    return {flag: folder for flag, folder in found.items() if folder is not None}
-
-
-def check_target(flag, folder):
-    """Raises UsageError unless a folder can be made under this name, or take the place of an empty one."""
-    real = folder.resolve()
-    if real.exists() and not (real.is_dir() and not any(real.iterdir())):
-        raise UsageError(f"{flag} {folder}: is there already; give another name")
-    if real == Path.cwd():
-        raise UsageError(f"{flag} {folder}: is the folder that you are in; give a name in it")
-    try:
-        real.parent.mkdir(parents=True, exist_ok=True)
-        probe = Path(tempfile.mkdtemp(dir=real.parent))
-    except OSError as e:
-        raise UsageError(f"{flag} {folder}: cannot write into {real.parent} ({e.strerror}); give another folder") from e
-    try:
-        if real.exists():
-            probe.chmod(real.stat().st_mode)
-            os.rename(probe, real)
-        else:
-            probe.rmdir()
-    except OSError as e:
-        probe.rmdir()
-        raise UsageError(f"{flag} {folder}: is an empty folder that nothing can replace ({e.strerror}); give a name in it") from e
-
-
-def check_space(run, subject, decoder):
-    """Raises UsageError unless there is room for what a run writes, as far as that can be estimated."""
-    size, recipe = packed_bytes(decoder, subject.recipe), subject.recipe
-    tokens, streams = recipe.nsamples * recipe.seqlen, 2 if recipe.target == "stream" else 1
-    sequences = streams * tokens * decoder.config.hidden_size * decoder.dtype.itemsize  # which --checkpoint_dir keeps as well
-    needed = {}
-    for flag, folder in folders(run).items():
-        there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
-        device = there.stat().st_dev
-        linked = flag == "save" and device in needed  # a save has the blocks of --checkpoint_dir under second names
-        needed[device] = needed.get(device, 0) + (0 if linked else size + sequences * (flag == "checkpoint_dir"))
-        free = shutil.disk_usage(there).free
-        if free < needed[device]:
-            raise UsageError(
-                f"--{flag} {folder}: about {needed[device] / 2**30:.2f} GiB are needed there, and {free / 2**30:.2f} GiB are free;"
-                " give a folder with more room"
-            )
-
-
-def check_writable(path):
-    """Raises UsageError unless a file can be written at path (its folder is made if need be), or path is None."""
-    if path is None:
-        return
-    if os.path.isdir(path):
-        raise UsageError(f"--output_path {path}: is a folder; give the name of a file in it")
-    folder = os.path.dirname(path) or "."
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise UsageError(f"--output_path {path}: cannot write into {folder} ({e.strerror}); give another folder") from e
 
 
 def find_tasks(run, subject):

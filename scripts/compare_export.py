@@ -33,7 +33,7 @@ import quant
 from evaluation.zeroshot import QuantizedLM, leaves, load_tasks, task_manager
 from formats.checkpoint import load, open_checkpoint
 from modelutils import load_tokenizer
-from run.cli import Parser, positive, share
+from run.flags import Parser, positive, share
 from run.report import table
 
 METRICS = ("acc", "acc_norm")  # by log-likelihood, by that per character

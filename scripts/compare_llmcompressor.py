@@ -22,7 +22,7 @@ from datautils import calibration, eval_tokens
 from evaluation.perplexity import perplexity
 from modelutils import load_tokenizer
 from recipe import UsageError
-from run.cli import Parser, positive
+from run.flags import Parser, positive
 
 
 def quantized(name, ids, wbits, smooth):

@@ -21,7 +21,7 @@ from matplotlib.colors import LogNorm
 
 from datautils import eval_tokens
 from modelutils import load_tokenizer, open_decoder
-from run.cli import Parser, positive
+from run.flags import Parser, positive
 from run.report import table
 from runtime import Place, find_device
 

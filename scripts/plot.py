@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.timing import SCHEMA, best_time, speedup
 from recipe import UsageError
-from run.cli import Parser
+from run.flags import Parser
 from run.report import table
 
 BASE, OURS = "float16", "w4a8"

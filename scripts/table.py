@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipe import METHODS, UsageError
-from run.cli import Parser
+from run.flags import Parser
 from run.report import DEFAULTS, SCHEMA, accuracies, average, recipe_name, spread, table
 from runtime import write_json
 

@@ -10,7 +10,8 @@ from matplotlib import image
 
 from bench import checkouts, memory
 from modelutils import open_decoder
-from run.cli import make_parser, parse
+from run.cli import parse
+from run.flags import make_parser
 
 ROOT = Path(__file__).parents[1]
 

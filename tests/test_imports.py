@@ -23,7 +23,7 @@ FOLDERS = ("kernels", "formats", "run", "evaluation", "bench")
 LIBRARY = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py") if path.stem != "__init__")])
 OTHERS = sorted(path for folder in ("demo", "scripts") for path in ROOT.glob(f"{folder}/**/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
-RUN_ORDER = ("cli", "calibrate", "quantize", "tune", "report", "pipeline")  # inside run/: cli reads no other, pipeline all
+RUN_ORDER = ("flags", "cli", "calibrate", "quantize", "tune", "report", "checks", "pipeline")  # inside run/: each reads those before it
 
 
 def name(path):
