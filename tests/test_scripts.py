@@ -246,7 +246,7 @@ def test_losses_are_drawn_over_the_unquantized_model(results, tmp_path, run_scri
 
 
 def test_without_llmcompressor_there_is_a_line_about_it(run_script):
-    status, _, err = run_script(compare_llmcompressor, "a-model", "--data_dir", "a-folder")
+    status, _, err = run_script(compare_llmcompressor, "a-model", "--data_dir", "a-folder", "--out", "another")
     assert status == 2 and len(err) == 1 and "llmcompressor cannot be imported" in err[0] and "0.14.0.1" in err[0]
 
 
