@@ -17,7 +17,6 @@ demo: .venv/ready
 
 real: .venv/ready models/smollm2/config.json
 	PYTHON=$(abspath $(PY)) bash scripts/real.sh $(if $(DATA),--data_dir $(DATA))
-	$(PY) scripts/table.py out/real
 	$(PY) scripts/plot_losses.py out/real/smollm2 --out out/real/smollm2.png
 
 models/smollm2/config.json: | .venv/ready

@@ -3,14 +3,14 @@
 #
 #   bash scripts/ablation.sh                                     everything: hours on a CPU; further flags go to each run
 #   SEEDS=0 BITS=w3a8 CELLS="paper plus" bash scripts/ablation.sh    a part of it
-#   python scripts/table.py --ablation out/ablation              the table, and what the options cost
+#   python scripts/table.py --ablation out/ablation              the table, printed at the end too, and what the options cost
 #
 # Each run is evaluated on two texts.  `choose` is what --preset plus was chosen by, `report` is what its numbers are reported on; calibration
 # windows, 64 of them, come from a third.  MODELS are demo models and folders; TEXT is the text of the latter, by default of TinyStories.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
-table=ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
+table=ablation table_flags=--ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
 SEEDS=${SEEDS:-0 1 2}
 BITS=${BITS:-w4a8 w3a8 w4a6}
 shared=$(dirname "$root")/shared/data

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The paper's OPT table: one line and one JSON per cell, out/opt/MODEL/CELL.json.  Finished cells are skipped; a failed one stops no other.
+# The paper's OPT table: one line and one JSON per cell, out/opt/MODEL/CELL.json.  Finished cells are skipped; a failed one stops no
+# other, but if the model cannot be had the script stops.
 #
 #   bash scripts/opt.sh                                      every model, smallest first; further flags go to each opt.py
 #   MODELS="125m 1.3b" bash scripts/opt.sh --data_dir DIR    some models, local corpora
 #   MODEL_PREFIX=demo/ MODELS=opt OUT=out/try bash scripts/opt.sh --data_dir demo/data --calib_data world --eval world --seqlen 256
-#   python scripts/table.py out/opt                          the table; use another OUT for other flags, it does not mix them
+#   python scripts/table.py out/opt                          the table, printed at the end too; use another OUT for other flags
 set -euo pipefail
 
 script=opt.py table=opt always=''
@@ -17,6 +18,8 @@ for model in $MODELS; do
     cell full --method full
     cell rtn-w4a8 --method rtn --wbits 4 --act_bits 8
     cell smoothquant-w4a8 --method smoothquant --wbits 4 --act_bits 8 --alpha 0.50 --min 0.10
+    cell rtn-w4a16 --method rtn --wbits 4 --act_bits 16
+    cell rtn-w3a16 --method rtn --wbits 3 --act_bits 16
     cell gptq-w4a16 --method gptq --wbits 4
     cell gptq-w4a16-smooth --method gptq --wbits 4 $smooth
     cell gptq-w3a16 --method gptq --wbits 3

@@ -4,6 +4,8 @@ python scripts/table.py out/opt        (any number of folders; every *.json in t
 
 Perplexities: one table per corpus, columns are models.  Tasks: one per model and metric, in percent, columns are tasks.
 
+Runs that differ in their seed alone share a cell: mean ± half the range (how many).
+
 python scripts/table.py --ablation out/ablation [--compact FILE]        (or such a FILE in place of the folder)
 
 Of scripts/ablation.sh: one table per model and text, rows are options, columns are bits, cells are mean ± half the range over seeds (their
@@ -79,7 +81,7 @@ def tasks_protocol(run, metric):
 
 def shared_protocol(run):
     calibration = run["protocol"]["calibration"] or {}
-    return {"dtype": run["protocol"]["dtype"]} | {f"calibration {key}": value for key, value in calibration.items()}
+    return {"dtype": run["protocol"]["dtype"]} | {f"calibration {key}": value for key, value in calibration.items() if key != "seed"}
 
 
 def common_protocol(runs, what, protocol_of):
@@ -130,10 +132,11 @@ def grid(title, columns, ours, theirs, recipes, sources, notes):
     )
 
 
-def gather(runs, numbers_of, rows):
+def gather(runs, numbers_of, rows, shown):
     """({(row, column): text} of our runs, of the published rows, {row: recipe}, {row: source}).
 
-    numbers_of(run): {column: text}; rows: [(recipe, source, {column: text})].  Raises UsageError if two runs have the same place.
+    numbers_of(run): {column: value}; rows: [(recipe, source, {column: text})]; shown([value of each seed]): text.  Raises UsageError if
+    two runs have the same place and seed.
     """
     ours, theirs, recipes, sources, files = {}, {}, {}, {}, {}
     for recipe, source, values in rows:
@@ -141,16 +144,19 @@ def gather(runs, numbers_of, rows):
         recipes[name], sources[name] = recipe, source
         theirs |= {(name, column): value for column, value in values.items()}
     for file, run in runs.items():
-        name = recipe_name(run["recipe"])
+        name, seed = recipe_name(run["recipe"]), run["recipe"]["seed"]
         recipes[name] = run["recipe"]
         for at, value in numbers_of(run).items():
-            if (name, at) in files:
-                raise UsageError(f"{file}: {name} of {column(run)} again, after {files[name, at]}; keep one of them")
-            ours[name, at], files[name, at] = value, file
-    return ours, theirs, recipes, sources
+            if (name, at, seed) in files:
+                raise UsageError(f"{file}: {name} of {column(run)} again, after {files[name, at, seed]}; keep one of them")
+            files[name, at, seed] = file
+            ours.setdefault((name, at), []).append(value)
+    return {place: shown(values) for place, values in ours.items()}, theirs, recipes, sources
 
 
-def lines_of(used, notes):
+def lines_of(runs, used, notes):
+    seeds = sorted({run["recipe"]["seed"] for run in runs.values()})
+    used = used | {"seeds": ", ".join(map(str, seeds))}
     return [f"{key}: {value}" for key, value in used.items()] + [f"published values: {note}" for note in notes]
 
 
@@ -162,12 +168,15 @@ def perplexity_table(runs, corpus):
         raise UsageError(f"{next(iter(runs))}: only windows {part} of {corpus}, published values are of all; run it without --eval_windows")
 
     def numbers(run):
-        ppl = run["results"]["perplexity"][corpus]["ppl"]
-        return {column(run): f"{ppl:.2f}" if ppl < 1e4 else f"{ppl:.1e}"}
+        return {column(run): run["results"]["perplexity"][corpus]["ppl"]}
 
-    ours, *others = gather(runs, numbers, rows)
+    def shown(values):
+        text = spread(values, 2) if max(values) < 1e4 else f"{statistics.mean(values):.1e}"
+        return text + f" ({len(values)})" * (len(values) > 1)
+
+    ours, *others = gather(runs, numbers, rows, shown)
     models += sorted({model for _, model in ours} - set(models))
-    return grid(corpus, models, ours, *others, lines_of(used, notes))
+    return grid(corpus, models, ours, *others, lines_of(runs, used, notes))
 
 
 def tasks_table(runs, model, metric):
@@ -176,15 +185,17 @@ def tasks_table(runs, model, metric):
     rows, notes = published_tasks(model, metric)
     tasks = list(dict.fromkeys(task for run in runs.values() for task in accuracies(run["results"]["tasks"], metric)))
 
-    def percent(value, error):
+    def percent(values):
+        if len(values) > 1:
+            return f"{spread([100 * value for value, _ in values], 2)} ({len(values)})"
+        value, error = values[0]
         return f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
     def numbers(run):
         found = accuracies(run["results"]["tasks"], metric)
-        whole = {"average": percent(*average(list(found.values())))} if list(found) == tasks else {}
-        return {task: percent(*value) for task, value in found.items()} | whole
+        return found | ({"average": average(list(found.values()))} if list(found) == tasks else {})
 
-    return grid(f"{model}, {metric}", [*tasks, "average"], *gather(runs, numbers, rows), lines_of(used, notes))
+    return grid(f"{model}, {metric}", [*tasks, "average"], *gather(runs, numbers, rows, percent), lines_of(runs, used, notes))
 
 
 # ---------------------------------------------------------------------------

@@ -34,20 +34,21 @@ import table  # noqa: E402
 # opt.sh and llama.sh
 
 STUB = """#!/usr/bin/env bash
+[[ $1 != */table.py ]] || { echo "the table of ${!#}"; exit; }
 printf '%s\\t' "$@" >> "$LOG"
 echo >> "$LOG"
 json=${!#}
-[[ $json != *$FAIL* ]] || exit 3
+[[ $json != *$FAIL* ]] || exit $STATUS
 mkdir -p "${json%/*}"
 echo '{}' > "$json"
 """
-BITS = {"full": {""}, "rtn": {"w4a8"}, "smoothquant": {"w4a8"}, "act_only": {"w16a8", "w16a8-smooth"}}
+BITS = {"full": {""}, "rtn": {"w4a8", "w4a16", "w3a16"}, "smoothquant": {"w4a8"}, "act_only": {"w16a8", "w16a8-smooth"}}
 BITS |= {"gptq": {f"w{w}a16{s}" for w in (4, 3) for s in ("", "-smooth")}}
 BITS |= {"awrq": {f"{bits}{s}" for bits in ("w4a8", "w4a6", "w3a8") for s in ("", "-smooth")}}
 CELLS = {f"{method}-{bits}".rstrip("-") for method in BITS for bits in BITS[method]}
 
 
-LLAMA_CELLS = {"full", *(f"gptq-w{w}a16{smooth}" for w in (4, 3) for smooth in ("", "-smooth"))}
+LLAMA_CELLS = {"full", "rtn-w4a16", "rtn-w3a16", *(f"gptq-w{w}a16{smooth}" for w in (4, 3) for smooth in ("", "-smooth"))}
 for bits in ("w4a8", "w4a6", "w3a8"):
     LLAMA_CELLS |= {f"{method}-{bits}" for method in ("rtn", "smoothquant")}
     LLAMA_CELLS |= {f"{method}-{bits}{smooth}" for method in ("gptq", "awrq") for smooth in ("", "-smooth")}
@@ -68,7 +69,7 @@ def sweep(tmp_path):
     def run(*flags, script="opt.sh", fail="no such cell", **variables):
         log.write_text("")
         clean = {k: v for k, v in os.environ.items() if k not in ("OUT", "MODELS", "MODEL_PREFIX", "PYTHON")}
-        env = clean | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(log), "FAIL": fail} | variables
+        env = clean | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LOG": str(log), "FAIL": fail, "STATUS": "3"} | variables
         done = subprocess.run(["bash", str(scripts / script), *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         return done, [line.rstrip("\t").split("\t") for line in log.read_text().splitlines()]
 
@@ -121,7 +122,7 @@ def test_every_cell_of_llama_is_a_command_that_main_takes(sweep, tmp_path):
         bits = "w16a16" if method == "full" else rest.removesuffix("-smooth")
         assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}", recipe.smooth) == (method, bits, smooth), path.stem
         assert recipe == Recipe(method, recipe.wbits, recipe.act_bits, smooth=smooth, min=0.01), "everything else as published"
-        assert args.tasks == ("piqa", "arc_easy", "arc_challenge", "boolq", "copa", "storycloze") and args.corpora == ()
+        assert args.tasks == ("piqa", "arc_easy", "arc_challenge", "boolq", "copa") and args.corpora == ()
         assert args.data_dir == "my data" and args.batch_size == "auto"
     assert {path.stem for path in (out / "Llama-2-70b-hf").iterdir()} == LLAMA_CELLS
 
@@ -264,6 +265,33 @@ def test_llama_skips_finished_cells_and_names_failed_ones(sweep):
     assert done.returncode == 0 and [Path(args[-1]).name for args in calls] == ["awrq-w4a6.json"]
 
 
+def test_storycloze_is_in_the_table_if_its_rows_are_there(sweep, tmp_path):
+    (tmp_path / "my data/storycloze_2018").mkdir(parents=True)
+    one = {"script": "llama.sh", "MODELS": "a"}
+    done, calls = sweep("--data_dir", "my data", OUT="without", **one)
+    assert done.returncode == 0 and "storycloze is left out" in done.stderr and ",copa" in str(calls) and ",storycloze" not in str(calls)
+    assert "storycloze" not in sweep("--data_dir", "my data", "--tasks", "piqa", OUT="own", **one)[0].stderr
+    (tmp_path / "my data/storycloze_2018/validation.jsonl.gz").touch()
+    done, calls = sweep("--data_dir", "my data", OUT="with", **one)
+    assert done.returncode == 0 and not done.stderr
+    assert all(args[args.index("--tasks") + 1].endswith(",copa,storycloze") for args in calls)
+
+
+def test_a_model_that_cannot_be_had_stops_the_script_at_its_first_cell(sweep):
+    done, calls = sweep(MODELS="a b", fail="/a/", STATUS="2")
+    assert done.returncode == 2 and len(calls) == 1 and "the first run of a cannot be had" in done.stderr
+    done, calls = sweep(MODELS="a b", fail="a/rtn-w4a8", STATUS="2")
+    assert done.returncode == 1 and len(calls) == 2 * len(CELLS), "a later cell may be wrong by itself"
+
+
+def test_the_table_is_printed_at_the_end_and_unfinished_cells_run_again(sweep, tmp_path):
+    done, _ = sweep(MODELS="a")
+    assert done.stdout.splitlines()[-1] == f"the table of {tmp_path}/my repo/out/opt"
+    (tmp_path / "my repo/out/opt/a/full.json").write_text('{\n "complete": false\n}\n')
+    done, calls = sweep(MODELS="a")
+    assert done.returncode == 0 and [Path(args[-1]).name for args in calls] == ["full.json"]
+
+
 def test_finished_cells_are_skipped_and_failed_ones_named(sweep, tmp_path):
     where = {"MODELS": "a b", "MODEL_PREFIX": "my models/", "OUT": "other"}
     done, calls = sweep(fail="b/awrq-w4a6.json", **where)
@@ -292,7 +320,7 @@ def blank():
     calibration = {"corpus": "c4", "split": "train", "source": "hub", "rule": "random", "nsamples": 128, "seqlen": 2048, "seed": 0}
     protocol = {"calibration": calibration, "evaluation": {}}
     found = {"model": "", "protocol": protocol | {"tasks": {}}, "walk_batch": 1, "results": {"perplexity": {}, "tasks": {}}, "full": None}
-    found["tuning"] = []
+    found |= {"tuning": [], "failed": {}}
     found["layers"] = [Layer(0, "fc1", 0.5)]
     return report(Recipe(), decoder_of(tiny_model().half()), found, Clock(CPU))
 
@@ -445,13 +473,20 @@ def test_protocols_of_tasks_are_not_mixed(task_results, tmp_path, monkeypatch, c
     assert "b.json" in err and all(part in err for part in parts), err
 
 
+def test_seeds_share_a_cell(results, tmp_path, monkeypatch, capsys):
+    for seed, ppl in enumerate((20.0, 21.0, 24.0)):
+        results(f"{seed}.json", "mine", {"own": ppl}, method="awrq", wbits=4, act_bits=8, seed=seed)
+    table.main(table.parser().parse_args([str(tmp_path / "opt")]))
+    text = capsys.readouterr().out
+    assert "21.67 ± 2.00 (3)" in text and "- seeds: 0, 1, 2" in text
+    results("again.json", "mine", {"own": 20.5}, method="awrq", wbits=4, act_bits=8, seed=1)
+    assert "awrq W4A8 of mine again" in fails([tmp_path / "opt"], monkeypatch, capsys)
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
-        *(
-            ("calibration", key, value)
-            for key, value in (("source", "local"), ("nsamples", 64), ("seqlen", 512), ("seed", 1), ("corpus", "ptb"))
-        ),
+        *(("calibration", key, value) for key, value in (("source", "local"), ("nsamples", 64), ("seqlen", 512), ("corpus", "ptb"))),
         *(("evaluation", key, value) for key, value in (("source", "local"), ("rule", "other"), ("seqlen", 512), ("n_tokens", 8999))),
         ("dtype", "dtype", "float32"),
     ],
