@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import hashlib
 import json
 import tempfile
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import datasets
+import jinja2
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models import huggingface
@@ -70,21 +72,48 @@ def check_fewshot(task, n):
         raise UsageError(f"--num_fewshot {n}: draws from {needed} examples or more, {task.config.task} has {there}; ask for fewer")
 
 
-def check_tasks(tasks, num_fewshot, config, tokenizer, batch_size=1):
+def check_tasks(tasks, config, tokenizer, batch_size=1, **settings):
     """Raises UsageError for what lm-eval would stop on after hours: too few examples, text or prompts that the tokenizer cannot give the
-    model, beam search in batches.
+    model, no chat template, beam search in batches.  settings: see zero_shot.
     """
+    num_fewshot, chat, system = (settings.get(name) for name in ("num_fewshot", "apply_chat_template", "system_instruction"))
+    around = rendered(chat_template(tokenizer, chat), tokenizer, system) if chat else ""
     for task in leaves(tasks):
         check_fewshot(task, num_fewshot)
-        check_vocabulary(config, [torch.tensor(tokenizer(sample_text(task), verbose=False)["input_ids"])])
-        check_special_tokens(task, num_fewshot, tokenizer)
+        check_vocabulary(config, [torch.tensor(tokenizer(around + sample_text(task), verbose=False)["input_ids"])])
+        check_special_tokens(task, num_fewshot, tokenizer, bool(chat or system))
         beams = (task.config.generation_kwargs or {}).get("num_beams", 1)
         if beams > 1 and batch_size != 1:
             raise UsageError(f"{task.config.task} searches with {beams} beams, which runs one prompt at a time here: give --batch_size 1")
 
 
-def check_special_tokens(task, num_fewshot, tokenizer):
-    """Raises UsageError if a task needs a first or last token that the tokenizer does not have."""
+def chat_template(tokenizer, name):
+    """The text of a tokenizer's chat template; name: of one of several, or True.  Raises UsageError if it is not there."""
+    known = tokenizer.chat_template
+    several = known if isinstance(known, dict) else {"default": known} if known else {}
+    found = several.get("default" if name is True else name)
+    if not found:
+        asked = "" if name is True else f" {name}"
+        raise UsageError(f"--apply_chat_template{asked}: not in the tokenizer, whose chat templates are: {', '.join(several) or 'none'}")
+    return found
+
+
+def rendered(template, tokenizer, system):
+    """A short conversation in a chat template.  Raises UsageError if the template does not work."""
+    turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "a"}]
+    for conversation in (turns, turns[-1:]):  # lm-eval goes without the system's turn where a template refuses it
+        try:
+            return tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as e:
+            error = e
+    raise UsageError(f"--apply_chat_template: the tokenizer's chat template does not work ({error}); correct it") from error
+
+
+def check_special_tokens(task, num_fewshot, tokenizer, surrounded=False):
+    """Raises UsageError if a task needs a first or last token that the tokenizer does not have.
+
+    surrounded: whether there is a chat template or a system's text, so that no prompt is empty.
+    """
     kind, first = task.config.output_type, (tokenizer.bos_token_id, tokenizer.eos_token_id)
     if kind == "generate_until":
         missing = tokenizer.eos_token_id is None and "EOS token, at which a generation ends"
@@ -92,7 +121,7 @@ def check_special_tokens(task, num_fewshot, tokenizer):
         return
     else:
         shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
-        bare = kind == "loglikelihood_rolling" or (not shots and any(task.doc_to_text(doc) == "" for doc in task.eval_docs))
+        bare = kind == "loglikelihood_rolling" or (not (shots or surrounded) and any(task.doc_to_text(doc) == "" for doc in task.eval_docs))
         missing = bare and "BOS or EOS token, which stands before a text without a prompt"
     if missing:
         raise UsageError(f"{task.config.task}: the tokenizer has no {missing}; name one in the model's tokenizer_config.json")
@@ -194,6 +223,15 @@ def _row_parser():
     return parse
 
 
+def prompt_protocol(tokenizer, apply_chat_template=False, system_instruction=None, fewshot_as_multiturn=False, **_settings):
+    """What stands around the prompts of all tasks, as far as there is anything; settings: see zero_shot."""
+    around = {"system_instruction": system_instruction} if system_instruction else {}
+    if apply_chat_template:
+        text = chat_template(tokenizer, apply_chat_template)
+        around |= {"chat_template": f"sha256 {hashlib.sha256(text.encode()).hexdigest()}", "fewshot_as_multiturn": fewshot_as_multiturn}
+    return around
+
+
 def task_protocol(task):
     """What an lm-eval task is evaluated on: {"split", "source"}."""
     config = task.config
@@ -258,19 +296,22 @@ class QuantizedLM(huggingface.HFLM):
             return super()._model_generate(context, **kwargs)
 
 
-def zero_shot(model, tokenizer, tasks, batch_size=1, num_fewshot=None, limit=None):
+def zero_shot(model, tokenizer, tasks, batch_size=1, **settings):
     """What lm-eval finds of a materialized model on tasks (see load_tasks), with its versions and settings, ready for JSON.
 
-    batch_size: a number or "auto"; results do not depend on it.  num_fewshot: examples before each item, None: as the task says.  limit:
-    items per task, or a share of them if below 1.
+    batch_size: a number or "auto"; results do not depend on it.  settings: arguments of lm-eval's simple_evaluate, as num_fewshot, limit
+    and apply_chat_template.
     """
+    lm = QuantizedLM(model, tokenizer, batch_size)
+    if chat := settings.get("apply_chat_template"):
+        lm.tokenizer.chat_template = chat_template(tokenizer, chat)  # lm-eval would name the chosen one and use the default
+        settings["apply_chat_template"] = True
     found = simple_evaluate(
-        QuantizedLM(model, tokenizer, batch_size),
+        lm,
         tasks=tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
         batch_size=batch_size,
         log_samples=False,
         task_manager=task_manager(False),
+        **settings,
     )
     return json.loads(json.dumps(found, default=handle_non_serializable), parse_constant=lambda constant: None)

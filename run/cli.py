@@ -26,6 +26,9 @@ class Run:
     batch_size: int | str
     limit: int | float | None  # items of a task, or a share of them below 1
     skip_missing: bool
+    apply_chat_template: bool | str  # the name of a template, True: the tokenizer's own
+    system_instruction: str | None
+    fewshot_as_multiturn: bool
     table_results: bool
     benchmark: int | None  # tokens
     benchmark_prefill: int | None  # tokens
@@ -56,6 +59,8 @@ def parse(parser, argv=None):
     given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
     typed = {flag: value for flag, value in given.items() if value is not UNSET}
     values = {flag: parser.get_default(flag) for flag in given} | PRESETS[typed.get("preset", "paper")] | typed
+    if values["fewshot_as_multiturn"] is None:
+        values["fewshot_as_multiturn"] = bool(values["apply_chat_template"])  # as lm_eval does
     values |= {"eval": listed(values["eval"]), "tasks": listed(values["tasks"])}
     check_needs(values, typed)
     recipe = None if values["load"] else make_recipe(values, typed)
@@ -70,9 +75,10 @@ def parse(parser, argv=None):
 
 def check_needs(values, typed):
     """Raises UsageError for a flag that needs another one, or does not go with one."""
-    task_flags = ("num_fewshot", "batch_size", "limit", "skip_missing", "table_results")
+    task_flags = ("num_fewshot", "batch_size", "limit", "skip_missing", "table_results", "apply_chat_template", "system_instruction")
     for flag, needs, there in (
         *((flag, "--tasks", values["tasks"]) for flag in task_flags),
+        ("fewshot_as_multiturn", "--apply_chat_template, whose turns it means", values["apply_chat_template"]),
         ("check", "--benchmark", values["benchmark"]),
         ("kernel", "--load", values["load"]),
         ("benchmark", "--eval, whose first corpus it decodes", values["eval"]),
@@ -159,4 +165,6 @@ def main(script, doc, argv=None, **defaults):
         quiet_libraries()
         from run.pipeline import execute  # only now: it takes seconds
 
-        execute(run)
+        failed = execute(run)
+    if failed:
+        parser.exit(1, "".join(f"{parser.prog}: failed: {number}: {reason}\n" for number, reason in failed.items()))

@@ -253,6 +253,18 @@ def add_task_flags(group):
     )
     group.add_argument("--limit", type=share, metavar="N", help="items per task, the first ones; below 1 a share of them (default: all)")
     group.add_argument("--skip_missing", action="store_true", help="leave out tasks whose data is not there")
+    group.add_argument(
+        "--apply_chat_template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="put prompts into the tokenizer's chat template, or into the one of its templates that has this name",
+    )
+    group.add_argument("--system_instruction", metavar="TEXT", help="the system's turn, or a text before each prompt without a template")
+    group.add_argument(
+        "--fewshot_as_multiturn", action=SWITCH, help="examples become turns of their own (default: if there is a chat template)"
+    )
     group.add_argument("--table_results", action="store_true", help="print the tasks as a Markdown table (default: as JSON)")
 
 

@@ -1,7 +1,9 @@
 """The straight line of a run: check, open the model, read the text, quantize, measure, publish."""
 
+import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,9 +21,9 @@ from recipe import Recipe, UsageError
 from rotate import check_rotation, rotated, untying
 from run.checks import check_lengths, check_space, check_targets, check_writable
 from run.quantize import calibration_place, quantize_blocks
-from run.report import report, show
+from run.report import Record, show
 from run.tune import tune
-from runtime import Clock, find_device, map_large_tensors, release, write_json
+from runtime import Clock, find_device, map_large_tensors, release
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class Subject:
 
 
 def execute(run):
-    """Do what a run.cli.Run asks for.  Raises UsageError for what cannot be, FloatingPointError for NaN or Inf met on the way."""
+    """Do what a run.cli.Run asks for.  Raises UsageError for what cannot be, FloatingPointError for NaN or Inf met on the way.
+
+    Returns {number: why it could not be had}, of tasks that failed while they were evaluated.
+    """
     # ---- What can be wrong is found before any long work ----
     map_large_tensors()
     device = find_device(run.device)
@@ -58,27 +63,25 @@ def execute(run):
     check_space(run, subject, decoder)
     ids, texts, protocol = load_text(recipe, run.corpora, tokenizer, run.data_dir, clock, subject.calibration, run.eval_windows)
     check_vocabulary(subject.config, [ids, *texts.values()])
-    protocol["tasks"] = task_protocols(tasks)
+    protocol["tasks"] = task_protocols(tasks, run, tokenizer)
 
-    # ---- Numbers ----
+    # ---- Numbers, each written as soon as it is known ----
+    record = Record(recipe, {"model": subject.model, "protocol": protocol, "walk_batch": walk_batch}, clock, run.output_path)
+
     def measured(decoder):
         return measure(run, decoder, tokenizer, texts, tasks, clock, (recipe.seqlen, walk_batch))
 
-    full = measured(original) if run.compare_full else None
-    made = {"layers": [], "tuning": []}
+    if run.compare_full:
+        record.add("full", original, measured(original))
     if not run.load and recipe.method != "full":
         decoder, made = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk_batch)
+        record.found |= made
     if run.export:
         export(decoder.source, run.export[1], run.export[0], tokenizer)
         print(f"{run.export[1]}: written as {run.export[0]}")
-    found = {"model": subject.model, "protocol": protocol, "walk_batch": walk_batch}
-    found |= {"results": measured(decoder), "full": full} | made
-
-    # ---- Report ----
-    about = report(recipe, decoder, found, clock)
-    show(about, run.table_results)
-    if run.output_path:
-        write_json(run.output_path, about)
+    record.add("results", decoder, measured(decoder))
+    show(record.write(decoder), run.table_results)
+    return record.found["failed"]
 
 
 # ---------------------------------------------------------------------------
@@ -133,17 +136,18 @@ def find_tasks(run, subject):
     from evaluation.zeroshot import check_tasks, load_tasks  # where they are needed: lm-eval takes seconds to import
 
     tasks = load_tasks(run.tasks, run.data_dir, run.num_fewshot, run.skip_missing)
-    check_tasks(tasks, run.num_fewshot, subject.config, subject.tokenizer, run.batch_size)
+    check_tasks(tasks, subject.config, subject.tokenizer, run.batch_size, **task_settings(run))
     return tasks
 
 
-def task_protocols(tasks):
+def task_protocols(tasks, run, tokenizer):
     """{name: what it is evaluated on}"""
     if not tasks:
         return {}
-    from evaluation.zeroshot import leaves, task_protocol
+    from evaluation.zeroshot import leaves, prompt_protocol, task_protocol
 
-    return {task.config.task: task_protocol(task) for task in leaves(tasks)}
+    around = prompt_protocol(tokenizer, **task_settings(run))
+    return {task.config.task: task_protocol(task) | around for task in leaves(tasks)}
 
 
 # ---------------------------------------------------------------------------
@@ -205,30 +209,54 @@ def tuned(store, ids, clock):
 
 
 def measure(run, decoder, tokenizer, texts, tasks, clock, walk):
-    """Every number of a Decoder: {"perplexity": {corpus: see perplexity}, "tasks": see zero_shot, or {}, ...}.
+    """Every number of a Decoder, as soon as it is known: yields (kind, name, value), see run.report.Record.add.
 
     texts: {corpus: ids (N,)}; walk: (tokens of a window, windows that run together).
     """
-    results = {"perplexity": {}, "tasks": {}}
     for name, tokens in texts.items():
         with clock("evaluation"):
-            results["perplexity"][name] = perplexity(decoder, tokens, walk[0], clock.device, walk[1], name)
+            found = perplexity(decoder, tokens, walk[0], clock.device, walk[1], name)
+        yield "perplexity", name, found
     if not (tasks or run.benchmark or run.benchmark_prefill):
-        return results
+        return
     with clock("loading"):
         model = decoder.materialize(clock.device)
-    if tasks:
-        from evaluation.zeroshot import zero_shot
-
-        with clock("tasks"):
-            results["tasks"] = zero_shot(model, tokenizer, tasks, run.batch_size, run.num_fewshot, run.limit)
+    for task in tasks:
+        yield "tasks", *evaluate_task(run, model, tokenizer, task, clock)
     first = next(iter(texts.values()), None)
-    if run.benchmark:
-        with clock("benchmark"):
-            results["benchmark"] = decode(model, first[: run.benchmark], run.check)
-    if run.benchmark_prefill:
-        with clock("benchmark"):
-            results["prefill"] = prefill(model, first[: run.benchmark_prefill])
+    for kind, name, tokens, timed in (
+        ("benchmark", "decoding", run.benchmark, partial(decode, check=run.check)),
+        ("prefill", "reading a prompt", run.benchmark_prefill, prefill),
+    ):
+        if tokens:
+            with clock("benchmark"):
+                found = timed(model, first[:tokens])
+            yield kind, name, found
     del model
     release(clock.device)
-    return results
+
+
+def evaluate_task(run, model, tokenizer, task, clock):
+    """(name, what zero_shot finds of a task or group, or the exception that it raises: the others can still be had)."""
+    from evaluation.zeroshot import zero_shot
+
+    name = getattr(task, "task_name", None) or task.name
+    try:
+        with clock("tasks"):
+            found = zero_shot(model, tokenizer, [task], run.batch_size, **task_settings(run))
+    except Exception as error:  # whatever the task's own code, its rows or lm-eval raise
+        if not isinstance(error, UsageError | FloatingPointError):
+            traceback.print_exc()
+        found = error
+    return name, found
+
+
+def task_settings(run):
+    """What lm-eval is asked to do with each task."""
+    return {
+        "num_fewshot": run.num_fewshot,
+        "limit": run.limit,
+        "system_instruction": run.system_instruction,
+        "apply_chat_template": run.apply_chat_template,
+        "fewshot_as_multiturn": run.fewshot_as_multiturn,
+    }

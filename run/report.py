@@ -3,10 +3,12 @@
 import json
 import math
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+
+from tqdm import tqdm
 
 from recipe import METHODS, PRESETS, Recipe
-from runtime import commit, hardware, peak_bytes, versions
+from runtime import Clock, commit, hardware, peak_bytes, versions, write_json
 
 SCHEMA = 1
 
@@ -17,8 +19,9 @@ SCHEMA = 1
 def report(recipe, decoder, found, clock):
     """Everything about a run, ready for JSON.
 
-    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers", "tuning"}, where "full"
-    are the results of the unquantized model, or None, and "tuning" the divergence of every step.
+    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers", "tuning", "failed"}, where
+    "full" are the results of the unquantized model, or None, "tuning" the divergence of every step, and "failed" {number: why it is not
+    there}.
     """
     protocol = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -35,6 +38,7 @@ def report(recipe, decoder, found, clock):
         "full": found["full"],
         "layers": [asdict(layer) for layer in found["layers"]],
         "tuning": found["tuning"],
+        "failed": found["failed"],
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
         "peak_bytes": peak_bytes(clock.device),
         "versions": versions(),
@@ -42,6 +46,88 @@ def report(recipe, decoder, found, clock):
         "hardware": hardware(clock.device),
     }
 
+
+@dataclass
+class Record:
+    """The report of a run as it grows: each number is printed when it is known, and the JSON, if there is to be one, is written anew."""
+
+    recipe: Recipe
+    found: dict  # see report
+    clock: Clock
+    path: str | None
+
+    def __post_init__(self):
+        self.found = {"results": {"perplexity": {}, "tasks": {}}, "full": None, "layers": [], "tuning": [], "failed": {}} | self.found
+
+    def add(self, part, decoder, numbers):
+        """Take in the numbers of a decoder.
+
+        part: "results" or "full"; numbers: iterable of (kind, name, value), a key of IN_WORDS and what its function takes; the value of a
+        number that cannot be had is the exception.
+        """
+        results = self.found[part] = {"perplexity": {}, "tasks": {}}
+        model = "full" if part == "full" else recipe_name(asdict(self.recipe))
+        for kind, name, value in numbers:
+            if isinstance(value, Exception):
+                self.found["failed"][f"{name}, {model}"] = " ".join(f"{type(value).__name__}: {value}".split())
+            elif kind == "tasks":
+                results["tasks"] = merged(results["tasks"], value)
+            elif kind == "perplexity":
+                results["perplexity"][name] = value
+            else:
+                results[kind] = value
+            said = "failed" if isinstance(value, Exception) else IN_WORDS[kind](value)
+            tqdm.write(f"{name}, {model}: {said}")
+            self.write(decoder, complete=False)
+
+    def write(self, decoder, complete=True):
+        """The report so far, written if there is a place for it.  complete: whether all numbers are in it that were asked for."""
+        about = report(self.recipe, decoder, self.found, self.clock) | {"complete": complete and not self.found["failed"]}
+        if self.path:
+            write_json(self.path, about)
+        return about
+
+
+def merged(old, new):
+    """What zero_shot returned of some tasks, with that of others."""
+    return old | {key: old[key] | value if isinstance(value, dict) and key in old else value for key, value in new.items()}
+
+
+def metrics(row):
+    """[(metric, value, standard error or None)] of a row of results; a filter that the answers went through stands behind its metric."""
+    found = []
+    for key, value in row.items():
+        metric, _, name = key.partition(",")
+        if name and not metric.endswith("_stderr"):
+            error = row.get(f"{metric}_stderr,{name}")
+            found.append((metric if name == "none" else f"{metric} ({name})", value, error if isinstance(error, float) else None))
+    return found
+
+
+def task_in_words(found):
+    """The metrics of what zero_shot returned of one task or group."""
+    name = next(iter(found.get("groups") or found["results"]))
+    return ", ".join(
+        f"{metric} " + (f"{value:.4f}" if isinstance(value, float) else str(value)) + ("" if error is None else f" ± {error:.4f}")
+        for metric, value, error in metrics(found["results"][name])
+    )
+
+
+def decoding_in_words(found):
+    ppl = f", perplexity {found['ppl']:.4f}" if "ppl" in found else ""
+    return f"{found['ms_per_token']:.3f} ms per token, the median of {found['tokens']}, {found['how']}{ppl}"
+
+
+def prefill_in_words(found):
+    return f"{found['ms']:.3f} ms for {found['tokens']} tokens, {found['tokens_per_second']:.0f} a second, {found['how']}"
+
+
+IN_WORDS = {
+    "perplexity": lambda found: f"perplexity {found['ppl']:.4f}",
+    "tasks": task_in_words,
+    "benchmark": decoding_in_words,
+    "prefill": prefill_in_words,
+}
 
 # ---------------------------------------------------------------------------
 # What is printed
@@ -113,16 +199,10 @@ def task_table(runs):
     def add(*first, value, error):
         rows.append((*first, f"{value:.4f}" if isinstance(value, float) else value, "" if error is None else f"{error:.4f}"))
 
-    first = next(iter(runs.values()))
-    for task, row in first["results"].items():
-        for key in row:
-            metric, _, name = key.partition(",")  # name: of the filter that its answers went through
-            if name and not metric.endswith("_stderr"):
-                for label, found in runs.items():
-                    error = found["results"][task].get(f"{metric}_stderr,{name}")
-                    value = found["results"][task][key]
-                    shown = metric if name == "none" else f"{metric} ({name})"
-                    add(task, first["n-shot"].get(task, ""), shown, label, value=value, error=error if isinstance(error, float) else None)
+    for task in dict.fromkeys(task for found in runs.values() for task in found["results"]):  # one that failed is not in all
+        for label, found in runs.items():
+            for metric, value, error in metrics(found["results"].get(task, {})):
+                add(task, found["n-shot"].get(task, ""), metric, label, value=value, error=error)
     for label, found in runs.items():
         if values := list(accuracies(found).values()):
             value, error = average(values)
@@ -142,17 +222,8 @@ def show(report, table_results=False):
     ]
     if rows:
         print(table(("corpus", "model", "perplexity", "windows", "tokens each"), rows))
-    if report["results"]["tasks"]:
-        found = {label: run["tasks"] for label, run in runs.items()}
+    if found := {label: run["tasks"] for label, run in runs.items() if run["tasks"]}:
         print(task_table(found) if table_results else json.dumps({label: run["results"] for label, run in found.items()}, indent=1))
-    for label, decoded in ((label, run["benchmark"]) for label, run in runs.items() if "benchmark" in run):
-        ppl = f", perplexity {decoded['ppl']:.4f}" if "ppl" in decoded else ""
-        print(f"decoding, {label}: {decoded['ms_per_token']:.3f} ms per token, the median of {decoded['tokens']}, {decoded['how']}{ppl}")
-    for label, read in ((label, run["prefill"]) for label, run in runs.items() if "prefill" in run):
-        print(
-            f"reading a prompt of {read['tokens']} tokens, {label}: {read['ms']:.3f} ms, "
-            f"{read['tokens_per_second']:.0f} tokens per second, {read['how']}"
-        )
     print(describe(report))
 
 

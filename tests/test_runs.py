@@ -107,9 +107,14 @@ FLAGS = {
     "--limit": ((*TASK, "--limit", "3"), ("results", "tasks", "n-samples", "world_why", "effective", 3), None),
     "--num_fewshot": ((*TASK, "--num_fewshot", "0"), ("results", "tasks", "n-shot", "world_why", 0), None),
     "--batch_size": ((*TASK, "--batch_size", "2"), ("results", "tasks", "config", "batch_size", 2), None),
+    "--system_instruction": (
+        (*TASK, "--system_instruction", "Tell a story."),
+        ("protocol", "tasks", "world_why", "system_instruction", "Tell a story."),
+        TASK,
+    ),
     "--compare_full": ((*AWRQ, "--compare_full"), ("full", "perplexity", "own", "seqlen", 16), None),
 }
-BY_THEMSELVES = {"--table_results", "--skip_missing"}
+BY_THEMSELVES = {"--table_results", "--skip_missing", "--apply_chat_template", "--fewshot_as_multiturn"}
 BY_THEMSELVES |= {"--save", "--load", "--export", "--checkpoint_dir", "--kernel", "--benchmark", "--benchmark_prefill", "--check"}
 
 
@@ -435,7 +440,7 @@ def test_a_run_from_another_folder(tiny_opt, corpora, tmp_path):
     run = user(tiny_opt, *SMOOTH, *short, "--output_path", tmp_path / "run.json")
     assert run.returncode == 0 and not messages(run.stderr), run.stderr
     assert "| own" in run.stdout and "quantizing (awrq)" in run.stderr
-    keys = "schema model model_type recipe protocol results full layers tuning seconds peak_bytes versions commit hardware"
+    keys = "schema model model_type recipe protocol results full layers tuning failed complete seconds peak_bytes versions commit hardware"
     assert set(json.loads((tmp_path / "run.json").read_text())) == set(keys.split())
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 

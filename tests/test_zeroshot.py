@@ -87,10 +87,10 @@ def test_beam_search_runs_one_prompt_at_a_time():
     tokenizer, config = toy_tokenizer(), tiny_model("llama", "plain").config
     task = a_task("generate_until", ("word1",), num_beams=4)
     task.has_training_docs = task.has_validation_docs = lambda: False
-    zeroshot.check_tasks([task], None, config, tokenizer, 1)
+    zeroshot.check_tasks([task], config, tokenizer, 1)
     for batch_size in (2, "auto"):
         with pytest.raises(ValueError, match="4 beams.*--batch_size 1"):
-            zeroshot.check_tasks([task], None, config, tokenizer, batch_size)
+            zeroshot.check_tasks([task], config, tokenizer, batch_size)
 
 
 def test_a_pad_token_is_one_that_the_model_knows():
