@@ -1,14 +1,19 @@
 """Text to tokens: which corpora there are, how the published loaders cut them into windows, where their text is (the hub, or --data_dir).
 
-A row of CORPORA is a corpus; any other folder of --data_dir is one too.  Each number carries its `protocol`: two of them never compare.
+A row of CORPORA is a corpus; any other folder of --data_dir is one too, and so is hub:OWNER/NAME[:CONFIG]:SPLIT.  Each number carries its
+`protocol`: two of them never compare.
 Usage: ids, protocol = datautils.calibration("c4", tokenizer, nsamples=128, seqlen=2048, seed=0)
 """
 
+import codecs
+import csv
 import functools
 import gzip
 import hashlib
+import io
 import json
 import random
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +24,8 @@ from tqdm import tqdm
 
 from recipe import UsageError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")  # of a split's file: rows are lines, or JSON objects with a field "text"
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")  # of a split's file: see FILES
+HUB = re.compile(r"hub:(?P<path>[^/:]+/[^/:]+)(:(?P<name>[^:\[]+))?:(?P<split>[^:\[]+(\[.*\])?)")  # a data set of the hub, by name
 
 
 # ---- how rows become tokens ----
@@ -89,13 +95,13 @@ class Documents:
 class Corpus:
     """A row of CORPORA.  The defaults are the rules for any other folder of --data_dir."""
 
-    folder: str  # under --data_dir: folder/SPLIT.txt, .jsonl or .jsonl.gz
+    folder: str  # under --data_dir: folder/SPLIT with one of SUFFIXES
     cut: Joined | Documents = Joined("\n")
     calib_splits: tuple = ("train", "validation")  # the first that --data_dir has; on the hub the first; empty: for evaluation only
     eval_splits: tuple = ("test", "validation")
     row: Callable = lambda line: line.removesuffix("\n")  # a line of a .txt file -> the hub's row
     hub: Callable | None = None  # split -> arguments of datasets.load_dataset (version 5 has no loading scripts)
-    field: str = "text"  # the hub's column
+    field: str | None = None  # the hub's column; None: that of --text_field
 
 
 PTB = Corpus(
@@ -116,6 +122,7 @@ C4 = Corpus(
     cut=Documents(n_windows=256),
     eval_splits=("validation",),
     hub=lambda split: {"path": "allenai/c4", "data_files": {split: C4_SHARDS[split]}},
+    field="text",
 )
 WIKITEXT2 = Corpus(
     folder="wikitext2",
@@ -123,6 +130,7 @@ WIKITEXT2 = Corpus(
     eval_splits=("test",),
     row=lambda line: line if line.strip() else "",
     hub=lambda split: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+    field="text",
 )
 CORPORA = {  # wikitext2, ptb and c4 are the protocols of the paper's tables; -new are GPTQ's later ones, for evaluation only
     "wikitext2": WIKITEXT2,
@@ -136,27 +144,28 @@ CORPORA = {  # wikitext2, ptb and c4 are the protocols of the paper's tables; -n
 
 
 # ---- what the scripts call ----
-def calibration(name, tokenizer, nsamples, seqlen, seed=0, data_dir=None):
+def calibration(name, tokenizer, nsamples, seqlen, seed=0, data_dir=None, field="text"):
     """Random windows, drawn as the published loaders draw: (ids (nsamples, seqlen) int64, protocol: a dict for the results JSON).
 
-    seqlen is in tokens, the tokenizer's own special ones included.  With data_dir the hub is never asked.
+    seqlen is in tokens, the tokenizer's own special ones included.  With data_dir the hub is asked for names that begin with hub: only.
+    field: where rows that have fields have their text.
     UsageError: unknown or unsuitable corpus, too little text, a broken file.  OSError: no such file (FileNotFoundError), or the hub failed.
     """
     assert min(nsamples, seqlen) > 0, f"{nsamples=} {seqlen=}"
     corpus, split, file = _locate(name, "calib_splits", data_dir)
-    rows, source = _read(name, corpus, split, file)
+    rows, source = _read(name, corpus, split, file, field)
     ids, rule = corpus.cut.draw(rows, _encoder(tokenizer), nsamples, seqlen, seed, f"{name} {split}")
     return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
 
 
-def eval_tokens(name, tokenizer, seqlen, data_dir=None, windows=None):
+def eval_tokens(name, tokenizer, seqlen, data_dir=None, windows=None, field="text"):
     """The evaluation text: (ids (N,) int64, N >= seqlen, protocol: a dict for the results JSON).  The evaluator cuts windows of seqlen.
 
     windows: (first, end) of those that count; None: all.  Other arguments and errors are those of `calibration`.
     """
     assert seqlen > 0, f"{seqlen=}"
     corpus, split, file = _locate(name, "eval_splits", data_dir)
-    rows, source = _read(name, corpus, split, file)
+    rows, source = _read(name, corpus, split, file, field)
     ids, rule = corpus.cut.tokens(rows, _encoder(tokenizer), seqlen, f"{name} {split}")
     if len(ids) < seqlen:
         raise UsageError(f"{name} {split} has {len(ids)} tokens, not one window of seqlen {seqlen}; use a shorter seqlen or more text")
@@ -171,21 +180,23 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None, windows=None):
     return ids, used | ({} if windows is None else {"windows": f"{first} to {end - 1}"})
 
 
-def load_text(recipe, corpora, tokenizer, data_dir, clock, calibration_done=None, eval_windows=None):
+def load_text(recipe, corpora, tokenizer, texts, clock, calibration_done=None, eval_windows=None):
     """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
 
     recipe: a recipe.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
-    protocol.  clock: a runtime.Clock; eval_windows: see eval_tokens.  Raises what calibration and eval_tokens raise.
+    protocol.  texts: (data_dir, field); clock: a runtime.Clock; eval_windows: see eval_tokens.  Raises what
+    calibration and eval_tokens raise.
     """
     calibrates = recipe.method != "full" and calibration_done is None
     ids, used = None, calibration_done
     if calibrates:
         with clock("calibration"):
-            ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, data_dir)
+            ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, *texts)
     with clock("evaluation"):
-        texts = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir, eval_windows) for name in corpora}
-    protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in texts.items()}}
-    return ids, {name: tokens for name, (tokens, _) in texts.items()}, protocol
+        data_dir, field = texts
+        found = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir, eval_windows, field) for name in corpora}
+    protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in found.items()}}
+    return ids, {name: tokens for name, (tokens, _) in found.items()}, protocol
 
 
 def check_corpora(calib_name, eval_names, data_dir=None):
@@ -208,7 +219,7 @@ def _locate(name, use, data_dir):
     if not splits:
         known = ", ".join(key for key, row in CORPORA.items() if row.calib_splits)
         raise UsageError(f"{name} is for evaluation only; calibrate on one of {known}")
-    if data_dir is None:
+    if data_dir is None or HUB.fullmatch(name):
         return corpus, splits[0], None
     for split in splits:
         if file := find_file(data_dir, corpus.folder, split):
@@ -230,9 +241,20 @@ def _corpus(name, data_dir):
     folders = [] if data_dir is None else sorted(path.name for path in Path(data_dir).iterdir() if path.is_dir())
     if name in CORPORA:
         return CORPORA[name]
+    if name.startswith("hub:"):
+        return _hub_corpus(name)
     if name in folders:  # so that no name leads out of data_dir
         return Corpus(name)
     raise UsageError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}; folders of --data_dir: {', '.join(folders) or 'none'}")
+
+
+def _hub_corpus(name):
+    """The corpus of a name hub:OWNER/NAME[:CONFIG]:SPLIT."""
+    found = HUB.fullmatch(name)
+    if found is None:
+        raise UsageError(f"{name}: should be hub:OWNER/NAME:SPLIT, or hub:OWNER/NAME:CONFIG:SPLIT")
+    arguments = {key: found[key] for key in ("path", "name") if found[key]}
+    return Corpus(":".join(arguments.values()), calib_splits=(found["split"],), eval_splits=(found["split"],), hub=lambda split: arguments)
 
 
 def _file_names(corpus, split):
@@ -245,29 +267,48 @@ def _identity(corpus, split, file):
 
 
 # ---- reading it ----
-def _read(name, corpus, split, file):
+def _read(name, corpus, split, file, field):
     """(rows: a sequence of str, source: where they are from, without any path of this machine)."""
-    rows, source = _read_file(corpus, file) if file else _read_hub(name, corpus, split)
+    rows, source = _read_file(corpus, file, field) if file else _read_hub(name, corpus, split, field)
     if not any(row.strip() for row in rows):
         raise UsageError(f"{name}: its {split} split is empty ({file or source}); use another corpus")
     return rows, source
 
 
-def _read_hub(name, corpus, split):
+def _read_hub(name, corpus, split, field):
     arguments = corpus.hub(split) | {"split": split}
     call = f"load_dataset({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     try:
         import datasets  # here: slow to import, and --data_dir does without
 
-        return datasets.load_dataset(**arguments)[corpus.field], call
+        table = datasets.load_dataset(**arguments)
+        if corpus.field:
+            return table[corpus.field], call
     except Exception as error:  # whatever the network, the hub or the cache raise, the way out is the same
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         way_out = f"without the hub use --data_dir DIR with {_file_names(corpus, split)} in DIR"
+        if name.startswith("hub:"):
+            way_out = "name a data set, configuration and split that are there, or use --data_dir"
         raise OSError(f"{name}: no {split} split from the hub; tried {call}; {reason}; {way_out}") from error
+    rows = table[field] if field in table.column_names else ()
+    return _texts(rows, table.column_names, field, name), f"{call}, column {field!r}"
 
 
-def _read_file(corpus, file):
-    return read_rows(file, corpus.row if file.suffix == ".txt" else _json_text), file_source(file)
+def _texts(rows, columns, field, name):
+    """The rows.  Raises UsageError if their column is not there, or, naming the row, for what is no text; name: where they are from."""
+    if field not in columns:
+        raise UsageError(f"{name}: no column {field!r}; its columns are {', '.join(map(str, columns))}; choose one with --text_field")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, str):
+            raise UsageError(
+                f"{name}, row {number}: no text in {field!r} but {row!r:.40}; take it out, or choose another with --text_field"
+            )
+    return rows
+
+
+def _read_file(corpus, file, field):
+    rows = FILES[file.suffix](file, corpus.row, field)
+    return rows, file_source(file) + (f", field {field!r}" if field != "text" and file.suffix != ".txt" else "")
 
 
 def file_source(file):
@@ -275,19 +316,22 @@ def file_source(file):
     return f"{file.parent.name}/{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()})"
 
 
-def read_rows(file, parse):
-    """[parse(line)] of a text file, which may be gzipped.  UsageError, naming file and line, if it is broken or parse refuses a line."""
+def read_rows(file, parse, whole=False):
+    """[parse(line)] of a text file, which may be gzipped; whole: its one line is all of it.
+
+    Raises UsageError, naming file and line, if it is broken or parse refuses a line.
+    """
     rows = []
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
-            for line in lines:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="" if whole else None) as lines:
+            for line in [lines.read()] if whole else lines:
                 rows.append(parse(line))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{file}: broken gzip ({error}); fetch it again") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not UTF-8 ({error.reason}); convert it") from error
-    except ValueError as error:
-        raise UsageError(f"{file}, line {len(rows) + 1}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{file}{'' if whole else f', line {len(rows) + 1}'}: {error}") from error
     return rows
 
 
@@ -305,11 +349,59 @@ def parse_json(line):
     return found
 
 
-def _json_text(line):
-    record = parse_json(line)
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UsageError('no string field "text"')
-    return record["text"]
+def _text_of(field):
+    """line -> the text in a field of the JSON object that it holds."""
+
+    def parse(line):
+        record = parse_json(line)
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise UsageError(f"no string field {field!r}" + (f"; its fields are {', '.join(record)}" if isinstance(record, dict) else ""))
+        return record[field]
+
+    return parse
+
+
+def _read_json(file, _row, field):
+    """An array of objects or of texts; or JSON lines, which many call .json too."""
+    if not file.read_bytes().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return read_rows(file, _text_of(field))
+    (records,) = read_rows(file, parse_json, whole=True)
+    columns = (
+        {field}
+        if all(isinstance(record, str) for record in records)
+        else dict.fromkeys(key for r in records if isinstance(r, dict) for key in r)
+    )
+    return _texts([record.get(field) if isinstance(record, dict) else record for record in records], columns, field, file)
+
+
+def _read_csv(file, _row, field):
+    """A table whose first line has the names of its columns."""
+    csv.field_size_limit(2**31 - 1)  # the module's own is 128 KiB, and a document may be longer
+    (text,) = read_rows(file, str, whole=True)
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    return _texts([row.get(field) for row in table], table.fieldnames or (), field, file)
+
+
+def _read_parquet(file, _row, field):
+    import pyarrow
+    from pyarrow import parquet  # here: slow to import
+
+    try:
+        columns = parquet.read_schema(file).names
+        rows = parquet.read_table(file, columns=[field])[field].to_pylist() if field in columns else ()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{file}: not a Parquet file that can be read ({' '.join(str(error).split())}); write it again") from error
+    return _texts(rows, columns, field, file)
+
+
+FILES = {  # suffix: (file, a corpus' function of a line of text, field) -> rows
+    ".txt": lambda file, row, _field: read_rows(file, row),
+    ".jsonl": lambda file, _row, field: read_rows(file, _text_of(field)),
+    ".gz": lambda file, _row, field: read_rows(file, _text_of(field)),
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 # ---- tokens ----

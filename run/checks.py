@@ -10,6 +10,16 @@ from formats.checkpoint import check_packable, packed_bytes
 from formats.export import check_export
 from recipe import UsageError
 
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+def check_text(run):
+    """Raises UsageError for a demo model on text of the hub: it knows the words of its own only."""
+    place = Path(run.model or run.load).resolve()
+    if place.parent == DEMO and run.data_dir is None and (run.corpora or run.recipe and run.recipe.method != "full"):
+        text = f"--data_dir {os.path.relpath(DEMO / 'data')} --calib_data world --eval world"
+        raise UsageError(f"{place.name} is a demo model, with text of its own: add {text}")
+
 
 def check_lengths(run, config):
     """Raises UsageError unless a model can take what the benchmarks give it."""

@@ -20,6 +20,7 @@ class Run:
     corpora: tuple[str, ...]
     eval_windows: tuple[int, int] | None  # (first, end) of each corpus; None: all
     data_dir: str | None
+    text_field: str
     compare_full: bool
     tasks: tuple[str, ...]  # names, wildcards or YAML files
     num_fewshot: int | None

@@ -209,13 +209,22 @@ def add_tuning_flags(group):
 
 def add_data_flags(group):
     group.add_argument(
-        "--calib_data", default="c4", metavar="CORPUS", help="c4 (default), c4-joined, wikitext2, ptb, or a folder of --data_dir"
+        "--calib_data",
+        default="c4",
+        metavar="CORPUS",
+        help="c4 (default), c4-joined, wikitext2, ptb, a folder of --data_dir, or hub:OWNER/NAME[:CONFIG]:SPLIT",
     )
     group.add_argument("--nsamples", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     group.add_argument("--seqlen", type=int, metavar="TOKENS", help="tokens per sequence (default: the model's context, at most 2048)")
     group.add_argument("--seed", type=int, default=0, help="seed of the calibration draw and of the rotation (default 0)")
     group.add_argument(
-        "--data_dir", type=path, metavar="FOLDER", help="local corpora, NAME/SPLIT.txt|jsonl|jsonl.gz; nothing is then downloaded"
+        "--data_dir",
+        type=path,
+        metavar="FOLDER",
+        help="local corpora, NAME/SPLIT.txt, .jsonl, .jsonl.gz, .json, .csv or .parquet; only hub:... is then downloaded",
+    )
+    group.add_argument(
+        "--text_field", type=path, default="text", metavar="NAME", help="field or column that has the text of a corpus' rows (default text)"
     )
 
 
@@ -224,7 +233,7 @@ def add_evaluation_flags(group, corpora):
         "--eval",
         default=corpora,
         metavar="CORPORA",
-        help=f"perplexity on these, comma list: corpora of the README, folders of --data_dir (default {corpora or 'none'})",
+        help=f"perplexity on these, comma list of names as --calib_data takes, and those of the README (default {corpora or 'none'})",
     )
     group.add_argument(
         "--eval_windows", type=window_range, metavar="N", help="only the first N windows of each corpus, or M:N, those from M to N - 1"

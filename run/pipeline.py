@@ -19,7 +19,7 @@ from formats.shards import new_folder
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
 from recipe import Recipe, UsageError
 from rotate import check_rotation, rotated, untying
-from run.checks import check_lengths, check_space, check_targets, check_writable
+from run.checks import check_lengths, check_space, check_targets, check_text, check_writable
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
 from run.tune import tune
@@ -47,6 +47,7 @@ def execute(run):
     device = find_device(run.device)
     clock = Clock(device)
     check_writable(run.output_path)
+    check_text(run)
     subject = (to_evaluate if run.load else to_quantize)(run)
     recipe, tokenizer = subject.recipe, subject.tokenizer
     check_lengths(run, subject.config)
@@ -61,7 +62,9 @@ def execute(run):
         decoder = open_quantized(run, recipe, device) if run.load else open_decoder(run.model, run.dtype, device, subject.config)
         original = open_decoder(subject.model, run.dtype, device) if run.load and run.compare_full else decoder
     check_space(run, subject, decoder)
-    ids, texts, protocol = load_text(recipe, run.corpora, tokenizer, run.data_dir, clock, subject.calibration, run.eval_windows)
+    ids, texts, protocol = load_text(
+        recipe, run.corpora, tokenizer, (run.data_dir, run.text_field), clock, subject.calibration, run.eval_windows
+    )
     check_vocabulary(subject.config, [ids, *texts.values()])
     protocol["tasks"] = task_protocols(tasks, run, tokenizer)
 

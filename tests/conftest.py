@@ -236,7 +236,8 @@ def run_script(monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory):
-    """A --data_dir of random words: wikitext2, ptb and c4 in their layouts, the folder `own`, and `one`, which has a single split."""
+    """A --data_dir of random words: wikitext2, ptb and c4 in their layouts, the folder `own`, `one`, which has a single
+    split, and `fields`, whose texts are called body."""
     rng = random.Random(0)
     folder = tmp_path_factory.mktemp("corpora")
 
@@ -254,6 +255,8 @@ def corpora(tmp_path_factory):
         (folder / name).mkdir()
         for split in splits:
             (folder / name / f"{split}.txt").write_text("".join(f" {line(words)}\n" for _ in range(lines)))
+    (folder / "fields").mkdir()
+    (folder / "fields/test.json").write_text(json.dumps([{"body": line(20)} for _ in range(30)]))
     (folder / "c4").mkdir()
     for split in ("train", "validation"):
         (folder / "c4" / f"{split}.jsonl").write_text("".join(json.dumps({"text": line(60)}) + "\n" for _ in range(20)))

@@ -28,6 +28,7 @@ LINES = [" = Title = \n", " \n", *(f" {i} the {'cat ' * (7 * i % 40)}sat , <unk>
 CALIBRATED = [name for name, corpus in CORPORA.items() if corpus.calib_splits]
 USES = [("calib_splits", name) for name in CALIBRATED] + [("eval_splits", name) for name in CORPORA]
 LOAD_DATASET = inspect.signature(datasets.load_dataset)
+ANY = "(.txt|.jsonl|.jsonl.gz|.json|.csv|.parquet)"
 OTHER = "my-corpus"  # any folder of --data_dir
 
 
@@ -267,7 +268,7 @@ def test_a_hub_failure_names_the_way_out(use, name, error, monkeypatch):
     corpus = CORPORA[name]
     split = getattr(corpus, use)[0]
     tried = ("load_dataset(", corpus.hub(split)["path"], type(error).__name__)
-    with fails(OSError, name, *tried, "--data_dir", f"{corpus.folder}/{split}(.txt|.jsonl|.jsonl.gz)"):
+    with fails(OSError, name, *tried, "--data_dir", f"{corpus.folder}/{split}{ANY}"):
         run(use, name)
 
 
@@ -286,7 +287,7 @@ def test_lines_become_the_hubs_rows(name, rows, tmp_path):
     file = tmp_path / "train.txt"
     for data in (b" = A = \n \n b \n c", b"\xef\xbb\xbf = A = \r\n \r\n b \r\n c"):  # the same text as Windows saves it
         file.write_bytes(data)
-        assert datautils._read_file(CORPORA[name], file)[0] == rows
+        assert datautils._read_file(CORPORA[name], file, "text")[0] == rows
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -328,7 +329,7 @@ def test_unknown_corpus_lists_the_known(use, data_dir):
 def test_missing_files_are_named(use, name, tmp_path, hub):
     corpus = CORPORA.get(name, Corpus(name))
     (tmp_path / corpus.folder).mkdir()
-    expected = [f"{corpus.folder}/{split}(.txt|.jsonl|.jsonl.gz)" for split in getattr(corpus, use)]
+    expected = [f"{corpus.folder}/{split}{ANY}" for split in getattr(corpus, use)]
     with fails(FileNotFoundError, name, tmp_path, *expected):
         run(use, name, tmp_path)
     with fails(FileNotFoundError, "--data_dir", tmp_path / "nowhere"):
@@ -354,9 +355,9 @@ def test_two_files_of_one_split_are_refused(data_dir):
         ("{'text': 1}", "not JSON"),
         ('{"text": "a \\ud83d b"}', r"\ud83d, half of a character"),
         ("", "not JSON"),
-        ('{"body": "a"}', '"text"'),
-        ('{"text": 1}', '"text"'),
-        ('["text"]', '"text"'),
+        ('{"body": "a"}', "'text'"),
+        ('{"text": 1}', "'text'"),
+        ('["text"]', "'text'"),
     ],
 )
 def test_a_bad_json_line_is_named(line, reason, tmp_path):

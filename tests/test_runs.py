@@ -96,6 +96,7 @@ FLAGS = {
     "--seqlen": ((*AWRQ, "--seqlen", "20"), ("protocol", "calibration", "seqlen", 20), AWRQ),
     "--seed": ((*AWRQ, "--seed", "1"), ("protocol", "calibration", "seed", 1), AWRQ),
     "--data_dir": (("--eval", "ptb"), ("protocol", "evaluation", "ptb", "split", "validation"), None),
+    "--text_field": (("--eval", "fields", "--text_field", "body"), ("results", "perplexity", "fields", "seqlen", 16), None),
     "--device": (("--device", "cpu"), ("hardware", "device", "cpu"), None),
     "--dtype": ((*AWRQ, "--dtype", "bfloat16"), ("protocol", "dtype", "bfloat16"), AWRQ),
     "--walk_batch": ((*AWRQ, "--walk_batch", "2"), ("protocol", "walk_batch", 2), None),
