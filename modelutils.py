@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import ExitStack, suppress
 from copy import copy, deepcopy
+from functools import partial
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from runtime import find_place, free_memory, release, total_memory, trim
 # ---------------------------------------------------------------------------
 # Configuration and tokenizer
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # what configurations call their number
 # What a fine-tuning run may have left in config.json, as this program needs it.
 RUN_SETTINGS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True, "use_cache": True}
 
@@ -32,7 +34,7 @@ RUN_SETTINGS = {"output_attentions": False, "output_hidden_states": False, "retu
 def load_config(name, script=None):
     """The configuration of a local folder or hub model.
 
-    Raises UsageError if there is none, or if its family is not in the table, is another script's (None: any) or cannot be walked.
+    Raises UsageError if there is none, or if its family is not in the table, is another script's (None: any) or cannot be quantized.
     """
     with suppress(OSError):  # the hub says soon enough what is wrong
         if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
@@ -52,12 +54,23 @@ def load_config(name, script=None):
             f"{name}: no model there: neither a local folder with a config.json nor a hub model that can be reached"
             f" ({first_lines(e)}); a private model needs `hf auth login`"
         ) from e
-    if config.model_type not in FAMILIES:
-        raise UsageError(f"{name} is of the {config.model_type} family; supported: {', '.join(FAMILIES)}")
-    if script not in (None, FAMILIES[config.model_type].script):
-        raise UsageError(f"{name} is of the {config.model_type} family: run it with {FAMILIES[config.model_type].script}")
-    check_one_attention(config)
+    check_family(config, name, script)
+    if not AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa:
+        config._attn_implementation = "eager"  # Gemma 2, which bounds its attention weights
     return config
+
+
+def check_family(config, name, script):
+    """Raises UsageError for a model that is not in the table of families, or is another script's (None: any)."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        experts = next((n for count in EXPERTS if (n := getattr(config, count, None))), None)
+        mixture = f", a mixture of {experts} experts, whose weights would stay unquantized" if experts else ""
+        raise UsageError(f"{name} is of the {config.model_type} family{mixture}; supported: {', '.join(FAMILIES)}")
+    if script not in (None, family.script):
+        raise UsageError(f"{name} is of the {config.model_type} family: run it with {family.script}")
+    if reason := family.obstacle(config):
+        raise UsageError(f"{name}: this {config.model_type} model cannot be quantized block by block: {reason}")
 
 
 def check_no_code(name, error, what):
@@ -67,13 +80,6 @@ def check_no_code(name, error, what):
             f"{name}: transformers {transformers.__version__} has no class of its own for its {what}, and code that comes with a model is"
             " never run here; convert the model to a class of transformers"
         ) from error
-
-
-def check_one_attention(config):
-    """Raises UsageError if blocks get different masks: those of the first are recorded and replayed for all."""
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    if len(kinds) > 1:
-        raise UsageError(f"this {config.model_type} model has blocks of {' and '.join(kinds)}; only one kind per model is supported")
 
 
 def load_tokenizer(name):
@@ -109,11 +115,12 @@ def first_lines(error):
 class Sequences:
     """What enters a block, batch by batch: (B, T, D) each, kept in a Place, and the block's other arguments.
 
-    The arguments (masks, positions, rotary tables) are opaque: recorded once for each (B, T), and replayed as they are.
+    The arguments (masks, positions, rotary tables) are opaque: recorded once for each block and (B, T), and replayed as they are.  Blocks
+    of one kind get the same tensors, so they take no memory of their own.
     """
 
     def __init__(self, place):
-        self.place, self.x, self.arguments = place, [], {}
+        self.place, self.x, self.arguments = place, [], {}  # arguments: {(name of the block, (B, T)): {...}}
         self.now = None  # the batch that runs
 
     def __len__(self):
@@ -126,16 +133,20 @@ class Sequences:
     def __setitem__(self, k, x):
         self.x[k] = self.place.put(x)
 
-    def record(self, x, **arguments):
-        """Stands in for the first block: keeps what it would have read."""
-        self.x.append(self.place.put(x))
-        self.arguments[x.shape[:2]] = arguments
+    def record(self, i, x, **arguments):
+        """Stands in for block i: keeps what it would have read, of block 0, and its other arguments."""
+        if i == 0:
+            self.x.append(self.place.put(x))
+        self.arguments[f"block {i}", tuple(x.shape[:2])] = arguments
         return x
 
     def run(self, block, k, name):
-        """The output of a block for batch k, (B, T, D).  Raises FloatingPointError, naming the layer, if NaN or Inf comes out."""
+        """The output of a block for batch k, (B, T, D).  Raises FloatingPointError, naming the layer, if NaN or Inf comes out.
+
+        name: the block's, as "block 3".
+        """
         self.now, x = k, self[k]
-        return run_block(block, x, self.arguments[x.shape[:2]], name)
+        return run_block(block, x, self.arguments[name, tuple(x.shape[:2])], name)
 
     def propagate(self, block, name):
         """Replace the inputs of a block by its outputs, batch by batch."""
@@ -219,7 +230,6 @@ def open_decoder(name, dtype="auto", device="cpu", config=None):
 
 def decoder_of(model):
     """The decoder of a transformers model in memory, whose tensors it reads as they are when it needs them."""
-    check_one_attention(model.config)
     empty = skeleton(model.config, model.dtype)
     empty.generation_config = model.generation_config
     return Decoder(empty, Original(empty, Tensors(model.state_dict()), _prefix(model.config), "the model"))
@@ -277,7 +287,8 @@ class Decoder:
     def embed(self, batches, place):
         """What enters the first block: Sequences, kept in `place`.  batches: iterable of (B, T) token ids."""
         sequences = Sequences(place)
-        model = self._ends(sequences.record, place.device, self.skeleton.get_output_embeddings())
+        blocks = [stand_in(block, partial(sequences.record, i)) for i, block in enumerate(self._blocks)]
+        model = self._ends(blocks, place.device, self.skeleton.get_output_embeddings())
         for ids in batches:
             model.base_model(ids.to(place.device), use_cache=False)  # a cache would travel in the arguments and grow with every replay
         return sequences
@@ -293,9 +304,9 @@ class Decoder:
         """What comes after the blocks, as a module: h (B, T, D) -> logits (B, T, V)."""
         return Head(self, device)
 
-    def _ends(self, forward, device, unused):
-        """The model on a device, with `forward` in place of all its blocks, and without one of its modules."""
-        return self._fill(self._copy([stand_in(self._blocks[0], forward)], unused)).to(device)
+    def _ends(self, blocks, device, unused):
+        """The model on a device, with others in place of its blocks, and without one of its modules."""
+        return self._fill(self._copy(blocks, unused)).to(device)
 
     def materialize(self, device, memory=None):
         """The whole model on the device, ready for model(ids).
@@ -349,7 +360,7 @@ class Head(nn.Module):
         super().__init__()
         unused = decoder.skeleton.get_input_embeddings()
         self.width, self.h = unused.embedding_dim, None
-        self.model = decoder._ends(lambda *_, **__: self.h, device, unused)
+        self.model = decoder._ends([stand_in(decoder._blocks[0], lambda *_, **__: self.h)], device, unused)
 
     def forward(self, h):
         self.h = h

@@ -110,6 +110,7 @@ class Rotated:
         """Raises UsageError if the function would change."""
         check_rotation(original.config)
         self.original, self.config, self.residual, self.seed = original, original.config, original.family.residual, seed
+        self.offset = original.family.norm_offset
         self.Q = Rotation(self.config.hidden_size, f"{seed} stream", self.residual.centered)
         self.tied = {}
         self.rest(self._end)  # what cannot be folded is found now
@@ -133,14 +134,16 @@ class Rotated:
     def read(self, i):
         """Linears in the type that is computed with, as they are to be rounded; norms are 1, in any type."""
         tensors, dtype = dict(self.original.source.read(i)), self.original.dtype
-        groups = {group.producer: group.linears for group in self.original.family.groups}
+        groups = {group.producer: group for group in self.original.family.groups}
         for norm in self.residual.norms:
-            fold_norm(tensors, norm, groups[norm], self.Q, dtype)
+            fold_norm(tensors, norm, groups[norm].linears, self.Q, dtype, self.offset)
         for name in self.residual.writers:
             tensors[f"{name}.weight"] = self.Q(tensors[f"{name}.weight"].T, dtype).T.contiguous()
             if f"{name}.bias" in tensors:
                 tensors[f"{name}.bias"] = self.Q(tensors[f"{name}.bias"], dtype)
-        rotate_values(tensors, *self.residual.values, self.config.num_attention_heads, f"{self.seed} values {i}", dtype)
+        values, reader = self.residual.values
+        Q = Rotation(tensors[f"{reader}.weight"].shape[1] // self.config.num_attention_heads, f"{self.seed} values {i}")
+        rotate_values(tensors, values, reader, groups[values].rows(self.config), Q, dtype)
         return tensors
 
     def rest(self, names):
@@ -152,18 +155,18 @@ class Rotated:
         for name in tensors.keys() & {f"{module}.weight" for module in residual.embeddings}:
             tensors[name] = self.Q(tensors[name], dtype)
         if end & set(names):
-            fold_norm(tensors, residual.final_norm, (residual.head,), self.Q, dtype)
+            fold_norm(tensors, residual.final_norm, (residual.head,), self.Q, dtype, self.offset)
         return {name: tensors[name].to(dtype) for name in names}
 
 
-def fold_norm(tensors, norm, readers, Q, dtype):
+def fold_norm(tensors, norm, readers, Q, dtype, offset=0):
     """Fold what a norm multiplies by and adds into the linears that read it, and rotate their inputs.
 
-    tensors: {name: tensor}, changed in place.  Linears without a bias cannot take what is added: the norm goes on to add it, rotated.
-    Raises UsageError where the norm multiplies that by zero.
+    tensors: {name: tensor}, changed in place; offset: the norm multiplies by its weight plus this.  Linears without a bias cannot take what
+    is added: the norm goes on to add it, rotated.  Raises UsageError where the norm multiplies that by zero.
     """
-    gain, shift = (tensors.get(f"{norm}.{part}") for part in ("weight", "bias"))
-    gain, shift = (None if t is None else t.double() for t in (gain, shift))
+    weight, shift = (tensors.get(f"{norm}.{part}") for part in ("weight", "bias"))
+    gain, shift = None if weight is None else weight.double() + offset, None if shift is None else shift.double()
     biased = all(f"{name}.bias" in tensors for name in readers)
     for name in readers:
         W = tensors[f"{name}.weight"]
@@ -171,22 +174,24 @@ def fold_norm(tensors, norm, readers, Q, dtype):
             tensors[f"{name}.bias"] = (tensors[f"{name}.bias"].double() + W.double() @ shift).to(dtype)
         tensors[f"{name}.weight"] = Q(W, dtype, gain)
     if gain is not None:
-        tensors[f"{norm}.weight"] = torch.ones_like(gain, dtype=dtype)
+        tensors[f"{norm}.weight"] = torch.full_like(gain, 1 - offset, dtype=dtype)
     if shift is not None:
         if not biased and (gain == 0).any():
             raise UsageError(f"--rotate: {norm}.weight has a zero, so what the norm adds there would be lost; give --no-rotate")
         tensors[f"{norm}.bias"] = torch.zeros_like(shift, dtype=dtype) if biased else Q(shift / gain, dtype)
 
 
-def rotate_values(tensors, values, reader, heads, seed, dtype):
+def rotate_values(tensors, values, reader, rows, Q, dtype):
     """Rotate each head of values, in the linear that makes it and in the one that reads it: attention mixes tokens, not channels.
 
-    tensors: {name: tensor}, changed in place; values, reader: names of the linears; heads: of the latter.
+    tensors: {name: tensor}, changed in place; values, reader: names of the linears; rows (C,): those of the former that are values, or
+    None for all; Q: the Rotation of a head.
     """
-    d = tensors[f"{reader}.weight"].shape[1] // heads
-    Q = Rotation(d, seed)
+    rows = slice(None) if rows is None else rows.unique()
     for name in (f"{values}.weight", f"{values}.bias"):
         if (t := tensors.get(name)) is not None:
-            tensors[name] = Q(t.unflatten(0, (-1, d)).movedim(1, -1), dtype).movedim(-1, 1).reshape(t.shape)
+            tensors[name] = t.to(dtype, copy=True)
+            of_heads = t[rows].unflatten(0, (-1, Q.n)).movedim(1, -1)
+            tensors[name][rows] = Q(of_heads, dtype).movedim(-1, 1).flatten(0, 1)
     W = tensors[f"{reader}.weight"]
-    tensors[f"{reader}.weight"] = Q(W.unflatten(1, (-1, d)), dtype).reshape(W.shape)
+    tensors[f"{reader}.weight"] = Q(W.unflatten(1, (-1, Q.n)), dtype).reshape(W.shape)

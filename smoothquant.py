@@ -2,6 +2,7 @@
 
 import torch
 
+from families import FAMILIES
 from kernels import act_codes
 from quant import find_grid
 
@@ -28,7 +29,7 @@ def smooth_scale(act_max, weights, alpha, minimum):
 
 def tie(s, rows):
     """s (C,) made equal, to the largest of them, for columns that come from the same row.  rows: see fold."""
-    return s if rows is None else s.new_zeros(len(s)).scatter_reduce(0, rows.to(s.device), s, "amax")[rows.to(s.device)]
+    return s if rows is None else s.new_zeros(int(rows.max()) + 1).scatter_reduce(0, rows.to(s.device), s, "amax")[rows.to(s.device)]
 
 
 def search_scale(x, weights, recipe, rows=None):
@@ -68,12 +69,12 @@ def search_scale(x, weights, recipe, rows=None):
     return best
 
 
-def fold(s, linears, producer=None, rows=None):
+def fold(s, linears, producer=None, rows=None, offset=0):
     """W <- W * s and x <- x / s, which changes no function.  s (C,); linears: the QuantLinears that read x.
 
     producer: the norm (weight (C,)) or linear (weight (C, K): its rows) that x comes from and depends on linearly, which takes 1/s; without
     one, the linears divide by `in_scale` at run time.  rows (C,): the row of the producer that each column of x comes from, where several
-    come from the same; their scales are made equal, to the largest of them.
+    come from the same; their scales are made equal, to the largest of them.  offset: the producer multiplies by its weight plus this.
     """
     folded = s
     if producer is not None and rows is not None:
@@ -82,12 +83,14 @@ def fold(s, linears, producer=None, rows=None):
     for linear in linears:
         linear.weight.mul_(s)
         linear.in_scale = s if producer is None else None
-    for p in (producer.weight, getattr(producer, "bias", None)) if producer is not None else ():
+    for p, plus in ((producer.weight, offset), (getattr(producer, "bias", None), 0)) if producer is not None else ():
         if p is not None:
-            p.copy_((p.float().movedim(0, -1) / folded).movedim(-1, 0))
+            p.copy_(((p.float() + plus).movedim(0, -1) / folded).movedim(-1, 0) - plus)
 
 
 def fold_group(block, group, linears, config, s):
     """Fold a scale s (C,) into the linears, {name: QuantLinear}, of a families.Group, and into their producer if that is exact."""
+    family = FAMILIES[config.model_type]
     producer = block.get_submodule(group.producer) if group.exact(config) else None
-    fold(s, [linears[name] for name in group.linears], producer, group.rows(config))
+    offset = family.norm_offset if group.producer in family.residual.norms else 0
+    fold(s, [linears[name] for name in group.linears], producer, group.rows(config), offset)

@@ -53,7 +53,7 @@ class Teacher:
         decoder = as_float(decoder)
         self.device, self.head = device, decoder.head(device)
         self.last = decoder.embed(ids.split(1), sequences_place(decoder.config, torch.float32, ids.numel(), device, streams=2))
-        self.first, self.arguments = list(self.last.x), self.last.arguments[1, ids.shape[1]]
+        self.first, self.arguments = list(self.last.x), {name: found for (name, _), found in self.last.arguments.items()}
         for i, block in decoder.visits(device, "reading the unquantized model"):
             self.last.propagate(block, f"block {i}")
 
@@ -109,7 +109,7 @@ class Student:
         for i in range(len(self.decoder)):
             x = x.detach().requires_grad_()
             with torch.set_grad_enabled(self.keeps):
-                out = run_block(self.block(i), x, arguments, f"block {i}")
+                out = run_block(self.block(i), x, arguments[f"block {i}"], f"block {i}")
             steps.append((x, out))
             x = out
         x = x.detach().requires_grad_()
@@ -119,7 +119,7 @@ class Student:
         while steps:
             i, (x, out) = len(steps) - 1, steps.pop()
             if not self.keeps:
-                out = run_block(self.block(i), x, arguments, f"block {i}")
+                out = run_block(self.block(i), x, arguments[f"block {i}"], f"block {i}")
             out.backward(gradient)
             gradient = x.grad
         return loss.item()

@@ -90,7 +90,7 @@ TINY = {
 }
 for row in TINY.values():
     row.setdefault("in_scale", dict.fromkeys(row["variants"], ()))
-VARIANTS = [(family, variant) for family in FAMILIES for variant in TINY[family]["variants"]]
+VARIANTS = [(family, variant) for family in TINY for variant in TINY[family]["variants"]]
 
 
 def tiny_model(family="opt", variant="pre-norm", seed=0, **settings):

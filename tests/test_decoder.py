@@ -79,7 +79,7 @@ def test_a_block_may_return_a_tensor_or_a_tuple():
 def test_sequences_are_replaced_one_by_one():
     sequences = Sequences(Place(CPU, "device"))
     for x in IDS.float()[..., None].split(1):
-        sequences.record(x)
+        sequences.record(0, x)
     sequences.propagate(lambda x: x + 1, "block 0")
     assert torch.equal(torch.cat(list(sequences)), IDS.float()[..., None] + 1)
 

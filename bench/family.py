@@ -1,0 +1,174 @@
+"""Check a row of the table of families against transformers, on a model of random weights.
+
+    python -m bench.family FOLDER
+
+FOLDER, or a name on the hub, has a config.json; weights are not read.  A model of it with a few blocks gets random weights, in norms and
+biases too, and its logits are compared with those of our walk through its blocks: as it is, with each smoothing scale folded alone, with
+all of them, and rotated.  Each must change nothing; what it changes is printed, relative to the largest logit.
+"""
+
+import argparse
+from contextlib import ExitStack
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from families import FAMILIES
+from modelutils import decoder_of, load_config
+from quant import Batch, replace_linears
+from recipe import UsageError
+from rotate import rotated
+from run.flags import Parser, positive
+from run.report import table
+from runtime import Place
+from smoothquant import fold_group
+
+CPU = torch.device("cpu")
+TOKENS = 24  # more than a window of attention that a tiny model may have
+TOLERANCE = 1e-4  # transformers computes norms in float32, whatever the model's type
+
+
+def small(config, blocks):
+    """A configuration with so many blocks, or a few more, so that each kind of attention is there."""
+    config = deepcopy(config)
+    kinds = getattr(config, "layer_types", None) or []
+    first = {kind: kinds.index(kind) for kind in set(kinds)}
+    config.num_hidden_layers = max([blocks, *(at + 1 for at in first.values())])
+    for name in ("layer_types", "no_rope_layers"):  # lists with an entry for each block
+        if entries := getattr(config, name, None):
+            setattr(config, name, entries[: config.num_hidden_layers])
+    return config
+
+
+@torch.no_grad()
+def random_model(config, seed=0):
+    """A model in float64 whose every fold matters: random norms and biases too."""
+    config = deepcopy(config)
+    config.dtype = torch.float64
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, trust_remote_code=False).eval()
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        scale = 0.3 if p.dim() == 1 else p.shape[-1] ** -0.5
+        p.copy_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype) + (0.5 if p.dim() == 1 else 0))
+    return model
+
+
+@torch.no_grad()
+def logits(decoder, ids, change=lambda block: None):
+    """(B, T, V) by our walk; change(block) may change each block before it runs."""
+    sequences = decoder.embed(ids.split(1), Place(CPU, "device"))
+    for i, block in decoder.visits(CPU, "checking"):
+        change(block)
+        sequences.propagate(block, f"block {i}")
+    return torch.cat(list(decoder.logits(sequences)))
+
+
+def check_names(decoder):
+    """Raises UsageError if the row names what the model does not have.  Returns the linears of a block that no group has."""
+    empty, family = decoder.empty_block(0), decoder.family
+    modules, residual = dict(empty.named_modules()), family.residual
+    model = dict(decoder.skeleton.named_modules())
+    producers = [group.producer for group in family.groups if group.producer]
+    for what, names, there in (
+        ("groups", [*decoder.linears, *producers], modules),
+        ("residual", [*residual.norms, *residual.writers, *residual.values], modules),
+        ("residual", [*residual.embeddings, residual.final_norm, residual.head], model),
+    ):
+        for name in names:
+            if name not in there:
+                near = ", ".join(n for n in there if n.rpartition(".")[2] == name.rpartition(".")[2]) or ", ".join(
+                    [n for n in there if n][:20]
+                )
+                raise UsageError(f"the row's {what} name {name}, which the model does not have; it has {near}")
+    return [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in decoder.linears]
+
+
+def check_reads(model, decoder, ids):
+    """Raises UsageError unless the groups stand in the order of execution and the linears of each read the same input."""
+    block, read = model.get_submodule(decoder.family.blocks)[0], {}
+    with ExitStack() as hooks:
+        for name in decoder.linears:
+            keep = partial(lambda name, _module, args: read.setdefault(name, args[0]), name)
+            hooks.callback(block.get_submodule(name).register_forward_pre_hook(keep).remove)
+        with torch.no_grad():
+            model(ids)
+    order = list(read)
+    if unread := [name for name in decoder.linears if name not in read]:
+        raise UsageError(f"the row's groups name {', '.join(unread)}, which a block does not run")
+    starts = [min(order.index(name) for name in group.linears) for group in decoder.family.groups]
+    if starts != sorted(starts):
+        raise UsageError(f"the row's groups are not in the order of execution, which is {', '.join(order)}")
+    for first, *others in (group.linears for group in decoder.family.groups):
+        for name in others:
+            if not torch.equal(read[name], read[first]):
+                raise UsageError(f"the row has {name} in the group of {first}, which reads another input")
+
+
+def smoothed(decoder, groups, seed=0):
+    """A function that folds random scales of some groups into a block."""
+
+    def change(block):
+        linears = replace_linears(block, decoder.linears, Batch())
+        g = torch.Generator().manual_seed(seed)
+        for group in groups:
+            columns = linears[group.linears[0]].weight.shape[1]
+            fold_group(block, group, linears, decoder.config, torch.rand(columns, generator=g, dtype=torch.float64) + 0.5)
+
+    return change
+
+
+def checks(model):
+    """Yields (what was changed, the largest difference of logits, relative to the largest logit, or why it was not tried).
+
+    model: of random_model.  Raises UsageError if the row names what the model does not have, or has a linear read another's input.
+    """
+    decoder = decoder_of(model)
+    check_names(decoder)
+    ids = torch.randint(3, decoder.config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    check_reads(model, decoder, ids)
+    with torch.no_grad():
+        wanted = model(ids).logits
+
+    def difference(found):
+        return float((found - wanted).abs().max() / wanted.abs().max())
+
+    def tried(what, decoder, change=lambda block: None):
+        try:
+            return what, difference(logits(decoder(), ids, change))
+        except UsageError as e:  # a model that has another function when it is rotated
+            return what, str(e)
+        except (RuntimeError, KeyError, AttributeError) as e:
+            raise UsageError(f"{what}: the row does not fit the model ({' '.join(str(e).split())})") from e
+
+    yield tried("nothing", lambda: decoder)
+    for group in decoder.family.groups:
+        place = group.producer if group.exact(decoder.config) else "the run"
+        yield tried(f"{' '.join(group.linears)} smoothed, {place} takes the scale", lambda: decoder, smoothed(decoder, [group]))
+    yield tried("all smoothed", lambda: decoder, smoothed(decoder, decoder.family.groups))
+    yield tried("rotated", lambda: rotated(decoder, 0))
+
+
+def main(args):
+    config = small(load_config(args.model), args.blocks)
+    model = random_model(config)
+    print(f"{args.model}: {config.model_type}, {config.num_hidden_layers} blocks of random weights, float64")
+    found = list(checks(model))
+    rows = [(what, f"{value:.1e}" if isinstance(value, float) else value) for what, value in found]
+    print(table(("changed", "largest difference"), rows))
+    print(f"linears of a block that stay unquantized: {', '.join(check_names(decoder_of(model))) or 'none'}")
+    if wrong := [what for what, value in found if isinstance(value, float) and not value < TOLERANCE]:
+        raise UsageError(f"the row of {config.model_type} is wrong: {'; '.join(wrong)}: should change nothing")
+
+
+def parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="FOLDER", help=f"with a config.json of one of {', '.join(FAMILIES)}")
+    parser.add_argument("--blocks", type=positive, default=2, metavar="N", help="at least so many blocks (default %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    parser().run(main)

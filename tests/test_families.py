@@ -1,0 +1,150 @@
+"""Every row of the table of families is a model of transformers: no fold, no rotation and no walk changes a logit; a wrong row is found."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CONTEXT, CPU, TINY, WORDS, quantize, token_ids
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bench import family as check
+from families import FAMILIES, GPT_NEOX, LLAMA, OLMO2, PHI3, Group, never, value_rows
+from modelutils import check_family, decoder_of, open_decoder
+from recipe import PRESETS, Recipe, UsageError
+from runtime import Place
+
+SIZES = {  # of a family that conftest has no row for
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": CONTEXT,
+    "vocab_size": len(WORDS),
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+TWO_KINDS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+VARIANTS = {  # beside the one that a configuration has by itself
+    "granite": [{"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 2.0}],
+    "smollm3": [{"no_rope_layers": [1, 0]}, {"use_sliding_window": True, "attention_bias": True, **TWO_KINDS}],
+    "stablelm": [{"use_qkv_bias": True, "qk_layernorm": True}],
+    "phi3": [{"sliding_window": 8}],
+    "gemma": [{"num_key_value_heads": 1, "head_dim": 16}],
+    "gemma2": [TWO_KINDS],
+    "gemma3_text": [TWO_KINDS],
+    "gpt_neox": [{"use_parallel_residual": False, "rotary_pct": 0.25}],
+    "qwen2": [{"use_sliding_window": True, **TWO_KINDS}],
+}
+CASES = [(family, variant) for family in FAMILIES for variant in ({}, *VARIANTS.get(family, ()))]
+
+
+def tiny_config(family, variant=None):
+    settings = TINY[family]["settings"] if family in TINY else SIZES
+    return AutoConfig.for_model(family, **settings | (variant or {}))
+
+
+def wrong(found):
+    return [what for what, value in found if isinstance(value, float) and not value < check.TOLERANCE]
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x) or "plain")
+def test_a_row_changes_nothing(family, variant):
+    model = check.random_model(tiny_config(family, variant))
+    found = dict(check.checks(model))
+    assert not wrong(found.items()), found
+    assert len(found) == len(FAMILIES[family].groups) + 3
+    refused = FAMILIES[family].residual.obstacle(model.config)
+    assert isinstance(found["rotated"], str) == bool(refused) and (refused or "") in str(found["rotated"])
+    assert check.check_names(decoder_of(model)) == [], "all linears of a block are quantized"
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TINY])
+def test_a_quantized_model_is_the_same_in_a_walk_and_as_a_whole(family):
+    """With all that plus does to it; the other families have tests of their own, by hand."""
+    model, ids = check.random_model(tiny_config(family, next(iter(VARIANTS.get(family, [{}]))))).float(), token_ids(4, 24)
+    plus = PRESETS["plus"] | {"rotate": FAMILIES[family].residual.obstacle(model.config) is None}
+    quantized, store, layers = quantize(model, ids, Recipe(method="awrq", wbits=4, act_bits=8, **plus))
+    decoder = store.decoder()
+    with torch.no_grad():
+        sequences = decoder.embed(ids.split(2), Place(CPU, "device"))
+        for i, block in decoder.visits(CPU, "test"):
+            sequences.propagate(block, f"block {i}")
+        walked, whole, before = torch.cat(list(decoder.logits(sequences))), quantized(ids).logits, model(ids).logits
+    torch.testing.assert_close(walked, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    assert len(layers) == 2 * len(decoder.linears) and not torch.equal(whole, before)
+    assert float((whole - before).norm() / before.norm()) < 0.5
+
+
+def grouped(row, k, **changes):
+    groups = list(row.groups)
+    groups[k] = replace(groups[k], **changes)
+    return replace(row, groups=tuple(groups))
+
+
+def residual(row, **changes):
+    return replace(row, residual=replace(row.residual, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "row", "named"),
+    [
+        ("llama", grouped(LLAMA, 1, rows=lambda config: None), "self_attn.o_proj smoothed"),
+        ("llama", grouped(LLAMA, 3, producer="mlp.gate_proj"), "mlp.down_proj smoothed"),
+        ("llama", grouped(LLAMA, 0, linears=("self_attn.q_proj", "self_attn.k_proj")), "input_layernorm takes the scale"),
+        ("llama", residual(LLAMA, writers=("self_attn.o_proj",)), "rotated"),
+        ("llama", residual(LLAMA, final_norm="model.embed_tokens"), "rotated"),
+        ("gemma", LLAMA, "input_layernorm takes the scale"),
+        ("gemma", replace(FAMILIES["gemma"], norm_offset=0.5), "all smoothed"),
+        ("phi3", grouped(PHI3, 1, rows=value_rows), "self_attn.o_proj smoothed"),
+        ("phi3", grouped(PHI3, 3, rows=lambda config: torch.arange(config.intermediate_size)), "mlp.down_proj smoothed"),
+        ("gpt_neox", grouped(GPT_NEOX, 1, rows=lambda config: torch.arange(64, 96)), "attention.dense smoothed"),
+        ("gpt_neox", grouped(GPT_NEOX, 3, exact=lambda config: True), "mlp.dense_4h_to_h smoothed"),
+        ("gpt_neox", residual(GPT_NEOX, centered=False), "rotated"),
+        ("olmo2", residual(OLMO2, norms=(), obstacle=lambda config: None), "rotated"),
+        ("llama", grouped(LLAMA, 0, producer="input_norm"), "groups name input_norm, which the model does not have"),
+        ("llama", grouped(LLAMA, 1, linears=("self_attn.out_proj",)), "groups name self_attn.out_proj"),
+        ("llama", residual(LLAMA, head="score"), "residual name score"),
+        ("llama", replace(LLAMA, groups=LLAMA.groups[::-1]), "not in the order of execution"),
+        ("llama", replace(LLAMA, groups=(Group("input_layernorm", ("self_attn.q_proj", "self_attn.o_proj")),)), "reads another input"),
+    ],
+)
+def test_a_wrong_row_is_found_and_said_in_a_line(monkeypatch, run_script, tmp_path, family, row, named):
+    monkeypatch.setitem(FAMILIES, family, row)
+    tiny_config(family, {"num_key_value_heads": 2}).save_pretrained(tmp_path)
+    status, _, err = run_script(check, tmp_path)
+    assert status == 2 and len(err) == 1 and named in err[0], err
+
+
+def test_the_command(run_script, tmp_path):
+    tiny_config("gemma2", TWO_KINDS).save_pretrained(tmp_path)
+    status, out, err = run_script(check, tmp_path, "--blocks", 1)
+    assert status == 0 and not err, err
+    assert "2 blocks of random weights" in out and "stay unquantized: none" in out, "each kind of attention is there"
+
+
+def test_what_cannot_be_quantized_is_said():
+    with pytest.raises(UsageError, match="stablelm.*share a norm"):
+        check_family(tiny_config("stablelm", {"use_parallel_residual": True}), "a-model", None)
+
+
+def test_names_of_old_checkpoints(tmp_path):
+    """Pythia's say embed_out."""
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt_neox"))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.replace("lm_head", "embed_out"): tensor for name, tensor in tensors.items()}
+    assert "embed_out.weight" in old
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    whole = open_decoder(tmp_path, config=model.config).materialize(CPU)
+    with torch.no_grad():
+        assert torch.equal(whole(token_ids(1, 8)).logits, model(token_ids(1, 8)).logits)
+
+
+def test_a_group_without_a_producer_is_never_folded():
+    for family, row in FAMILIES.items():
+        for group in row.groups:
+            assert group.producer or group.exact is never, family
