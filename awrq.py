@@ -14,7 +14,7 @@ from quant import fake_quant_act
 
 
 class Moments(gptq.Hessian):
-    """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C) float32, each sequence quantized as at run time.
+    """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C), each sequence quantized as at run time.
 
     The target t is the layer's own input x, if not another is given: then the layer also makes up for what went wrong before it.
     """
@@ -33,8 +33,8 @@ class Moments(gptq.Hessian):
         else:
             xq = fake_quant_act(x, *self.acts)
             super().add(xq)
-            # The difference before the product: the difference of two products would cancel.
-            gptq.add_product(self.M, (target.float() - xq.float()).flatten(0, -2), xq.flatten(0, -2).float())
+            for t, q in zip(target.float(), xq.float(), strict=True):
+                gptq.add_product(self.M, t - q, q)  # the difference before the product: that of two products would cancel
 
     def add_codes(self, x, target):
         """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.
@@ -44,8 +44,13 @@ class Moments(gptq.Hessian):
         self.sequences += len(x)
         codes, scale, zero = act_codes(x, *self.acts)
         for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
-            gptq.add_product(self.H, q.half(), q.half(), s * s)
-            gptq.add_product(self.M, (t / s - q).half(), q.half(), s * s)
+            half = q.half()
+            gptq.add_product(self.H, half, half, s * s)
+            gptq.add_product(self.M, (t / s - q).half(), half, s * s)
+
+    def finish(self):
+        super().finish()
+        self.M = self.M.float()
 
     def finite(self):
         return super().finite() and bool(self.M.isfinite().all())
@@ -69,5 +74,5 @@ def reformulate(W, M, U):
 
 
 def quantize(W, stats, recipe, name):
-    """AWRQ on W (R, C) with stats.H, stats.M (C, C), which it uses up: q (R, C) uint8 and its Grid.  Raises what gptq.quantize raises."""
+    """AWRQ on W (R, C) with stats, Moments to be finished, which it uses up: q (R, C) uint8 and its Grid.  Raises as gptq.quantize does."""
     return gptq.quantize(W, stats, recipe, name, target=lambda W, U: reformulate(W, stats.M, U))

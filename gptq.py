@@ -17,31 +17,57 @@ from quant import find_grid, rtn
 SPAN = 128  # columns rounded on one CPU thread before the others are woken for a large matrix product
 LEAF = 16  # columns that are compensated one after the other, each for all before it: smaller products cost more to start than to compute
 HALVES = (torch.float16, torch.bfloat16)
+ROWS = {"cpu": 256, "cuda": 2048}  # of a product that are made at a time: those of a CPU stay in its cache, those of a GPU keep it busy
 
 
 def add_product(total, a, b, factor=None):
-    """total (C, C) += factor * a^T b with float32 sums, for a, b (N, C) of one type; factor (): a tensor, None is 1.
+    """total (C, C) float64 += factor * a^T b for a sequence a, b (T, C) of one type; factor (): a tensor, None is 1.
 
-    Products of half types are exact in float32.  A GPU sums them up on its tensor cores, at ten times the speed of float32.
+    Products are summed over the sequence in float32, and added up in float64, so that the order of sequences changes no digit that float32
+    has.  Of a symmetric one, where b is a, each span of rows begins at its diagonal: see whole_symmetric.  Products of half types are exact
+    in float32; a GPU sums them up on its tensor cores, at ten times the speed of float32.
     """
-    if a.is_cuda and a.dtype in HALVES:
-        product = torch.mm(a.T, b, out_dtype=torch.float32)
-        total.add_(product) if factor is None else total.addcmul_(product, factor)
-    else:
-        total.addmm_(a.T.float(), b.float(), alpha=1 if factor is None else factor.item())
+    symmetric, halves = b is a, a.is_cuda and a.dtype in HALVES
+    if not halves:
+        a, b = a.float(), b.float()
+    for i, j in row_spans(total):
+        first = i if symmetric else 0
+        rows, columns = a[:, i:j].T, b[:, first:]
+        product = torch.mm(rows, columns, out_dtype=torch.float32) if halves else rows @ columns
+        total[i:j, first:].add_(product if factor is None else product.mul_(factor))
+
+
+def whole_symmetric(total):
+    """Fill in, in place, what add_product has left out below the diagonal of a symmetric total (C, C)."""
+    for i, j in row_spans(total):
+        total[j:, i:j] = total[i:j, j:].T
+    return total
+
+
+def row_spans(total):
+    """The rows of a matrix (C, C) that are worked on together: (first, end) of each span."""
+    size = ROWS[total.device.type]
+    return [(i, min(i + size, len(total))) for i in range(0, len(total), size)]
 
 
 class Hessian:
-    """H = sum of x^T x over all tokens seen, (C, C) float32.  Published: the mean over sequences, which differs for dead columns only."""
+    """H = sum of x^T x over all tokens seen, (C, C).  Published: the mean over sequences, which differs for dead columns only.
+
+    It is float64 while sequences are added, not filled in below the diagonal; `finish` makes it the float32 matrix that the solver takes.
+    """
 
     def __init__(self, columns, recipe, device):
-        self.H, self.sequences = torch.zeros(columns, columns, device=device), 0
+        self.H, self.sequences = torch.zeros(columns, columns, dtype=torch.float64, device=device), 0
 
     def add(self, x):
         """x (B, T, C)"""
         self.sequences += len(x)
-        x = x.flatten(0, -2)
-        add_product(self.H, x, x)
+        for sequence in x:
+            add_product(self.H, sequence, sequence)
+
+    def finish(self):
+        """No more is added: what is twice the memory goes."""
+        self.H = whole_symmetric(self.H.float())
 
     def finite(self):
         """Whether H can be used: of finite squares too the mean may not be, and damping is a share of it."""
@@ -182,11 +208,12 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
 
 
 def quantize(W, stats, recipe, name, target=None):
-    """GPTQ on W (R, C) with stats.H (C, C), which it uses up: q (R, C) uint8 and its Grid.
+    """GPTQ on W (R, C) with stats, a Hessian to be finished, which it uses up: q (R, C) uint8 and its Grid.
 
     target(W, U) -> (R, C): the weight to round in place of W, in the column order of U.  Columns whose input is always zero get weight
     zero; if all are, W is rounded to nearest, with a warning.  Raises FloatingPointError if the statistics have NaN or Inf.
     """
+    stats.finish()
     if not stats.finite():
         raise FloatingPointError(f"{name}: NaN or Inf in the statistics of its inputs")
     diagonal = stats.H.diagonal()

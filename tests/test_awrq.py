@@ -41,6 +41,7 @@ def test_moments(act_bits, per_token, sym, at_once):
     stats = awrq.Moments(64, Recipe(act_bits=act_bits, act_pertoken=per_token, act_sym=sym), "cpu")
     for x in X.split(len(X) if at_once else 1):
         stats.add(x)
+    stats.finish()
     xq = fake_quant_act(X, act_bits, per_token, sym)  # test_quant.py holds it against a loop
     x, xq = X.flatten(0, 1).double(), xq.flatten(0, 1).double()
     assert stats.H.dtype == stats.M.dtype == torch.float32
@@ -53,6 +54,7 @@ def test_moments_of_half_precision_see_what_runs():
     X = X.half()
     stats = awrq.Moments(64, Recipe(act_bits=8), "cpu")
     stats.add(X)
+    stats.finish()
     x, xq = X.flatten(0, 1).double(), fake_quant_act(X, 8).flatten(0, 1).double()
     assert relative(stats.H, xq.T @ xq) < 1e-6 and relative(stats.M, (x - xq).T @ xq) < 1e-3
 
@@ -63,6 +65,7 @@ def test_the_reformulated_weight_is_the_ridge_solution(percdamp):
     W, X = reference.layer(24, 48)
     stats = awrq.Moments(48, Recipe(act_bits=5), "cpu")
     stats.add(X)
+    stats.finish()
     found = awrq.reformulate(W, stats.M, gptq.inverse_factor(stats.H, percdamp))
     x, xq = X.flatten(0, 1).double(), fake_quant_act(X, 5).flatten(0, 1).double()
     root = (percdamp * xq.square().sum(0).mean()).sqrt()
@@ -117,6 +120,7 @@ def test_codes_in_half_precision_give_the_moments(bits):
     ours, plain = awrq.Moments(96, recipe, "cpu"), awrq.Moments(96, recipe, "cpu")
     ours.add_codes(X, X)
     plain.add(X)
+    ours.finish(), plain.finish()
     xq = reference.fake_quant_act(X, bits).flatten(0, 1)
     x = X.double().flatten(0, 1)
     for name, wanted, within in (("H", xq.T @ xq, 1e-6), ("M", (x - xq).T @ xq, 1e-3)):

@@ -120,6 +120,7 @@ def test_hessian_adds_up():
     at_once.add(X)
     flat = X.flatten(0, 1).double()
     for stats in (one_by_one, at_once):
+        stats.finish()
         assert stats.H.dtype == torch.float32
         torch.testing.assert_close(stats.H.double(), flat.T @ flat, rtol=1e-5, atol=1e-6 * (flat.T @ flat).max().item())
 
@@ -128,7 +129,25 @@ def test_hessian_of_half_precision_is_summed_in_single():
     x = torch.full((4, 1000, 8), 10.0, dtype=torch.float16)  # sums to 400000
     stats = gptq.Hessian(8, Recipe(), "cpu")
     stats.add(x)
+    stats.finish()
     assert (stats.H == 400000).all()
+
+
+@pytest.mark.parametrize("columns", [32, 300])  # one span of rows, two
+def test_a_hessian_does_not_depend_on_the_order_of_sequences(columns):
+    _, X = reference.layer(1, columns, sequences=7)
+    found = []
+    for shards in ([X], [X.flip(0)], [X[1::2], X[0::2]]):
+        parts = [gptq.Hessian(columns, Recipe(), "cpu") for _ in shards]
+        for stats, shard in zip(parts, shards, strict=True):
+            stats.add(shard)
+        stats = parts[0]
+        stats.H = sum(part.H for part in parts)
+        stats.finish()
+        found.append(stats.H)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    x = X.flatten(0, 1).double()
+    torch.testing.assert_close(found[0].double(), x.T @ x, rtol=1e-5, atol=1e-6 * (x.T @ x).max().item())
 
 
 @pytest.mark.parametrize("percdamp", [0.001, 0.01, 0.5, 3])

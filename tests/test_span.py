@@ -112,6 +112,7 @@ def test_a_layer_on_a_gpu_is_that_on_a_cpu(settings, dtype):
     X, recipe = X.to(dtype), Recipe("awrq", wbits=4, act_bits=8, **settings)
     stats, on_gpu = awrq.Moments(520, recipe, "cpu"), awrq.Moments(520, recipe, "cuda")
     on_gpu.add(X.cuda())
+    on_gpu.finish()
     x, xq = X.double().flatten(0, 1), reference.fake_quant_act(X, 8).flatten(0, 1)
     stats.H, stats.M, stats.sequences = (xq.T @ xq).float(), ((x - xq).T @ xq).float(), len(X)
     for name, within in (("H", 1e-6), ("M", 1e-3)):
