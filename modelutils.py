@@ -36,9 +36,8 @@ def load_config(name, script=None):
 
     Raises UsageError if there is none, or if its family is not in the table, is another script's (None: any) or cannot be quantized.
     """
-    with suppress(OSError):  # the hub says soon enough what is wrong
-        if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
-            raise UsageError(f"{name}: is or has an adapter (adapter_config.json); merge it into its model first, and remove that file")
+    if has_file(name, "adapter_config.json"):
+        raise UsageError(f"{name}: is or has an adapter (adapter_config.json); merge it into its model first, and remove that file")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **RUN_SETTINGS)
         config._attn_implementation = "sdpa"  # not flash_attention_2, which a configuration can ask for too
@@ -58,6 +57,12 @@ def load_config(name, script=None):
     if not AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa:
         config._attn_implementation = "eager"  # Gemma 2, which bounds its attention weights
     return config
+
+
+def has_file(name, file):
+    """The place of a file of a local folder or hub model, or None if it has none, or cannot be asked: then the next step says why."""
+    with suppress(OSError):
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
 
 
 def check_family(config, name, script):
@@ -86,10 +91,11 @@ def load_tokenizer(name):
     """The model's own tokenizer.  If its configuration asks for a first token (OPT's </s>), it adds it, whatever file it was read from."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        known = tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as e:  # transformers raises whatever its backends do
         check_no_code(name, e, "tokenizer_class")
         raise UsageError(f"{name}: no usable tokenizer there ({first_lines(e)}); save it into the model's folder") from e
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where it finds no files
+    if not known:  # transformers makes an empty one where it finds no files
         raise UsageError(f"{name}: no tokenizer there, or one without a vocabulary; save it into the model's folder")
     if get_tokenizer_config(name).get("add_bos_token") and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         tokenizer.add_bos_token = True
@@ -222,9 +228,17 @@ def open_decoder(name, dtype="auto", device="cpu", config=None):
     Raises UsageError for weights that are missing, damaged, or do not fit config.json (config: what load_config gave, if it is there).
     """
     config = config or load_config(name)
-    empty = skeleton(config, run_dtype(config, dtype, torch.device(device)))
-    with suppress(OSError):  # of a model that has none, transformers made one from config.json
-        empty.generation_config = GenerationConfig.from_pretrained(name)
+    try:
+        empty = skeleton(config, run_dtype(config, dtype, torch.device(device)))
+    except Exception as e:  # torch and transformers raise whatever a wrong number leads to
+        raise UsageError(f"{name}: no model can be made of its config.json ({type(e).__name__}: {first_lines(e)}); correct it") from e
+    if not config.num_hidden_layers:
+        raise UsageError(f"{name}: its config.json says num_hidden_layers 0; correct it")
+    if file := has_file(name, "generation_config.json"):  # of a model that has none, transformers made one from config.json
+        try:
+            empty.generation_config = GenerationConfig.from_pretrained(name)
+        except Exception as e:
+            raise UsageError(f"{file}: not a generation_config.json ({first_lines(e)}); correct it or take it away") from e
     return Decoder(empty, Original(empty, find_weights(name), _prefix(config), name), config.dtype if dtype == "auto" else None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, TINY, WORDS, save_model, tiny_model, token_ids
+from conftest import CPU, TINY, WORDS, save_model, tiny_model, token_ids, toy_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTForCausalLM
@@ -275,3 +275,39 @@ def test_a_vocabulary_that_does_not_fit():
     modelutils.check_vocabulary(config, [torch.tensor([1, config.vocab_size - 1]), torch.zeros(2, 3)])
     with one_line(UsageError, config.vocab_size):
         modelutils.check_vocabulary(config, [torch.tensor([1]), torch.tensor([[0, config.vocab_size]])])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": -64, "num_attention_heads": 4}, "negative dimension"),
+        ({"hidden_act": "wow"}, "'wow'"),
+        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1}}, "'nope'"),
+        ({"pad_token_id": 99999}, "Padding_idx"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_a_configuration_that_makes_no_model_is_a_line(changes, reason, tmp_path):
+    folder = save_model(tmp_path / "m", tiny_model("llama", "plain"))
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with one_line(UsageError, folder, "config.json", reason, "correct it"):
+        modelutils.open_decoder(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_generation_config_is_a_line(text, tmp_path):
+    folder = save_model(tmp_path / "m", tiny_model("llama", "plain"))
+    (folder / "generation_config.json").write_text(text)
+    with one_line(UsageError, folder / "generation_config.json", "correct it or take it away"):
+        modelutils.open_decoder(folder)
+
+
+def test_a_tokenizer_that_cannot_tokenize_is_a_line(tmp_path):
+    toy_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    with one_line(UsageError, tmp_path, "no usable tokenizer there"):
+        modelutils.load_tokenizer(tmp_path)
