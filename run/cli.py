@@ -127,6 +127,7 @@ def make_recipe(values, typed):
         (not values["smooth_search"], "use an alpha with --smooth_search", ("alpha",)),
         (True in method.acts, "quantize activations", ("act_quant",)),
         (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken", "act_sym")),
+        (values["act_bits"] < 16, "quantize activations with --act_bits 16", ("act_pertoken", "act_sym")),
     ):
         for flag in flags if not usable else ():
             if flag in typed and (flag, typed[flag]) not in NOTHING:

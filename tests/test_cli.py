@@ -116,7 +116,9 @@ def refusals():
             yield f"{start} --no-smooth", "--no-smooth"
         if not row.smooth[0]:  # unless it is asked for, if it can be
             yield from ((f"{start} {flag}", flag) for flag in ("--alpha 0.3", "--min 0.2", "--smooth_search"))
-        if not row.acts[0]:
+        if row.acts[0]:
+            yield from ((f"{start} --act_bits 16 {flag}", flag) for flag in ("--act_pertoken", "--act_sym"))
+        else:
             yield from ((f"{start} {flag}", flag) for flag in ("--act_bits 6", "--act_pertoken"))
 
 
