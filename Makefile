@@ -1,30 +1,45 @@
-# make demo: all six methods on the embedded demo models.  make test: the tests.  make real: a real model, hours; DATA=FOLDER has the text.
-# Each first makes .venv, which needs only Python 3.11 or newer.
+# make demo        a first result in a minute: every method on two tiny models of this repository, on a CPU
+# make demo-full   the same with more bit widths, three seeds and two tasks, some minutes
+# make test        all tests, about 8 minutes on 2 cores;  make test-quick: those that take no time, under a minute
+# make real        a real model, hours; DATA=FOLDER has the text
+# Each first installs into .venv, once.  PYTHON: the Python to make .venv with, 3.11 or newer.
 PYTHON ?= python3
 PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell grep ^torch== requirements.txt)
 
-.PHONY: demo test real lint clean
+.PHONY: demo demo-full test test-quick real lint clean
 
 .venv/ready: requirements.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version)"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version)"
+	@echo "Installing into .venv, once.  What pip has not cached is loaded: 0.5 GB with PyTorch for CPUs, 3 GB with that for NVIDIA GPUs."
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements.txt)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@echo "1 of 2: $(TORCH), the larger part; pip prints nothing until it is there"
+	@$(PIP) "$(TORCH)"
+	@echo "2 of 2: the rest of requirements.txt"
+	@$(PIP) -r requirements.txt
+	@echo "Installed: $$(du -sh .venv | cut -f1) in .venv"
+	@touch $@
 
 demo: .venv/ready
-	$(PY) demo/run.py
+	@$(PY) demo/run.py
+
+demo-full: .venv/ready
+	$(PY) demo/run.py --full
 
 real: .venv/ready models/smollm2/config.json
 	PYTHON=$(abspath $(PY)) bash scripts/real.sh $(if $(DATA),--data_dir $(DATA))
 	$(PY) scripts/plot_losses.py out/real/smollm2 --out out/real/smollm2.png
 
 models/smollm2/config.json: | .venv/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+	$(PIP) gguf==0.19.0
 	$(PY) scripts/real_model.py models/smollm2
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+test-quick: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
 
 lint: .venv/ready
 	$(PY) -m ruff check .

