@@ -175,7 +175,7 @@ def _load(name, spec, manager, error, remedy):
 def _way_out(name, split="validation"):
     way = f"give --data_dir DIR with {name}/{split}.jsonl in it, or --skip_missing"
     if name.startswith("storycloze"):
-        way += "; StoryCloze is licensed: ask for it at https://cs.rochester.edu/nlp/rocstories/ and convert it as README.md says"
+        way += "; StoryCloze is licensed: ask for it at https://cs.rochester.edu/nlp/rocstories/ and convert it as docs/tasks.md says"
     return way
 
 

@@ -366,9 +366,9 @@ def test_storycloze_is_that_of_2018(data):
         load_tasks(["storycloze"], data, skip_missing=True)
 
 
-def test_storycloze_is_converted_as_the_readme_says(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "storycloze" in block)
+def test_storycloze_is_converted_as_the_docs_say(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/tasks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "DIR/storycloze_2018").mkdir(parents=True)
     header = "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2"
