@@ -354,6 +354,7 @@ def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
     assert stand_in == ["decode_fused"] and current == []
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
 def test_a_checkpoint_on_a_gpu_has_the_perplexity_of_the_torch_path(family, settings, dtype, tmp_path):
@@ -446,6 +447,7 @@ def test_groups_that_the_kernels_lack_are_named():
         cuda.linear(activations(1, 1, 100), prepared(32, 100, 24), 8, False, False, None)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: scripts/gpu_check.sh is the whole test on one")
 def test_op_on_a_gpu_equals_op_on_a_cpu():
     weight, x = prepared(104, 200), activations(2, 3, 200, torch.float16)

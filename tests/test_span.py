@@ -103,6 +103,7 @@ def test_compiles_without_spills(arch, tmp_path):
     assert found["rounded"] and found["spills"] == 0 and found["lines"] > 100, found
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("settings", [{}, {"groupsize": 64, "actorder": True}, {"blocksize": 8}], ids=str)
