@@ -39,10 +39,10 @@ models/smollm2/config.json: | .venv/ready
 	$(PY) scripts/real_model.py models/smollm2
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 test-quick: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow and not gpu"
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -233,7 +233,7 @@ def add_evaluation_flags(group, corpora):
         "--eval",
         default=corpora,
         metavar="CORPORA",
-        help=f"perplexity on these, comma list of names as --calib_data takes, and those of docs/protocols.md (default {corpora or 'none'})",
+        help=f"perplexity on these, comma list of names as for --calib_data, and those of docs/protocols.md (default {corpora or 'none'})",
     )
     group.add_argument(
         "--eval_windows", type=window_range, metavar="N", help="only the first N windows of each corpus, or M:N, those from M to N - 1"

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import plot  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TIME = {"median", "p20", "p80"}
 
 

@@ -13,6 +13,8 @@ from modelutils import open_decoder
 from run.cli import parse
 from run.flags import make_parser
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 MIB = 2**20

@@ -18,6 +18,8 @@ import kernels
 from bench import check, tune
 from kernels import build, cuda
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvcc")]  # one process: what they share takes seconds to make
+
 ROOT = Path(__file__).parent.parent
 
 # ---------------------------------------------------------------------------

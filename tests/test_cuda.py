@@ -24,6 +24,8 @@ from modelutils import load_tokenizer, open_decoder
 from recipe import Recipe, UsageError
 from run.quantize import quantize_blocks
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("emulator")]  # one process: what they share takes seconds to make
+
 ROOT = Path(__file__).parent.parent
 # Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
 UNDEFINED = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")

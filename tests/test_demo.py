@@ -18,6 +18,8 @@ sys.path.insert(0, str(DEMO))
 import train  # noqa: E402
 import world  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 GENERATED = ["data/world/train.txt", "data/world/test.txt", *(f"tasks/{task}.jsonl" for task in world.TASKS)]
 CHANCE = {"world_deed": 1 / 4, "world_why": 1 / 2}
 

@@ -20,6 +20,8 @@ from recipe import UsageError
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import compare_export  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 IDS = token_ids(4, 16)
 EXPORTED = [
     *((kind, settings) for kind in TYPES[:3] for settings in ({}, {"groupsize": 16}, {"sym": True})),

@@ -16,6 +16,8 @@ import opt
 from families import FAMILIES
 from run import cli
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("index of tasks")]  # one process: what they share takes seconds to make
+
 # The LLaMA commands of the paper's repository (zero_shot/run_llama.sh in the forms that its README has), and what each must mean.
 TASKS = "--tasks piqa,arc_easy,arc_challenge,boolq,copa,storycloze --table_results"
 PAPER = "--calib_data c4 " + TASKS + " --wbits 4 --act_bits 8 --groupsize -1"

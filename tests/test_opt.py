@@ -21,7 +21,7 @@ RECORDED = json.loads((ROOT / "tests/golden/demo-opt.json").read_text())
 SHARED = ROOT.parent / "shared"
 MODEL, PUBLISHED_FILE = SHARED / "data" / "models" / "opt-outlier", SHARED / "golden" / "opt-outlier.json"
 PUBLISHED = json.loads(PUBLISHED_FILE.read_text()) if PUBLISHED_FILE.exists() else [{"args": {}}]
-# One of each method, with and without smoothing, at few bits; what else the settings change is in RECORDED and in the layers of test_awrq.py.
+# One of each method, with and without smoothing, at few bits; the other settings are in RECORDED and in test_awrq.py.
 REPRESENTATIVE = (
     {"method": "act_only", "smooth": True},
     {"method": "smoothquant", "wbits": 4},
@@ -85,7 +85,7 @@ def larger():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (PUBLISHED_FILE.exists() and MODEL.exists()), reason="no ../shared with the published code's values and their model")
+@pytest.mark.skipif(not (PUBLISHED_FILE.exists() and MODEL.exists()), reason="no ../shared with these values and their model")
 @pytest.mark.parametrize("case", [case for case in PUBLISHED if case["args"] in REPRESENTATIVE or not case["args"]], ids=name_of)
 def test_perplexity_is_the_published_codes(case, larger):
     full, ids, texts = larger

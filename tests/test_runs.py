@@ -21,6 +21,8 @@ from recipe import METHODS, PRESETS
 from run import cli as command_line
 from run.report import SCHEMA
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(opt.__file__)
 
 

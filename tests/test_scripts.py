@@ -30,6 +30,8 @@ import compare_llmcompressor  # noqa: E402
 import plot_losses  # noqa: E402
 import table  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # ---------------------------------------------------------------------------
 # opt.sh and llama.sh
 

@@ -15,6 +15,8 @@ from run import tune as tuning
 from run.quantize import quantize_blocks
 from run.tune import SEQUENCES, Student, TunedLinear, as_float, plan, tune
 
+pytestmark = pytest.mark.slow
+
 IDS = token_ids(6, 16)
 KINDS = {
     "opt": (("opt", "pre-norm"), {"smooth": True}),

@@ -26,6 +26,8 @@ from quant import Batch
 from recipe import Recipe
 from run.report import accuracies, average, task_table
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("index of tasks")]  # one process: what they share takes seconds to make
+
 SHARED = Path(__file__).parents[1].parent / "shared"
 STORIES = SHARED / "data/models/stories260k"
 needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="the real model and tasks are not part of the repository")
