@@ -13,7 +13,7 @@ from modelutils import Sequences
 
 
 class FirstSequences:
-    """The input of a linear in the first n calibration sequences, or as many as there are: x (B, T, C)."""
+    """The inputs of a linear for the first n calibration sequences (all, if there are fewer): x (B, T, C)."""
 
     def __init__(self, n):
         self.n, self.x = n, None
@@ -25,13 +25,13 @@ class FirstSequences:
 
 
 class Seen(Exception):
-    """Raised in a block that has shown all that was asked for: what is left of it need not run."""
+    """Raised inside a block when every observed linear has run, so that the rest of the block is skipped."""
 
 
 def observe(block, sequences, name, observers, stream=None, rest=True, batches=None):
-    """Run the block over its inputs.  observers, {QuantLinear: (objects with .add, ...)}, see what their linear reads: (B, T, C).
+    """Run the block over its inputs.  observers: {QuantLinear: (objects with .add, ...)}, called with what that linear reads, (B, T, C).
 
-    stream: a Stream inside the block; observers then see targets too.  rest: whether what follows the last observed linear runs as well.
+    stream: a Stream inside the block; observers then get targets too.  rest: whether to go on after the last observed linear.
     batches: how many of the inputs (default all).
     """
     *_, last = observers
@@ -56,9 +56,9 @@ def observe(block, sequences, name, observers, stream=None, rest=True, batches=N
 
 @contextmanager
 def repeated(block, part, sequences):
-    """While it lasts, a part of a block, the name of a submodule, runs once for each of the sequences' batches; its outputs are kept.
+    """A context in which a submodule of the block runs only once per batch; its outputs are kept and reused.
 
-    It is for a part that is finished, of a block that runs over the same inputs again because its other parts are not.
+    For a submodule that is already quantized, while the block runs over the same inputs again for its other parts.
     """
     module, kept = block.get_submodule(part), {}
     forward = module.forward
@@ -84,9 +84,9 @@ def repeated(block, part, sequences):
 
 
 class Stream(Sequences):
-    """The calibration sequences in the unquantized model, walked beside those in the quantized one.
+    """The calibration sequences in the unquantized model, which runs block by block beside the quantized one.
 
-    mix: its share in the targets.  On the device are one unquantized block, and what the linears of a batch read in it.
+    mix: its share in the targets.  The device holds one unquantized block, and what its linears read for one batch.
     """
 
     def __init__(self, sequences, mix):
@@ -95,7 +95,7 @@ class Stream(Sequences):
 
     @contextmanager
     def inside(self, block, linears):
-        """While it lasts, targets of some linears of a block, {name: QuantLinear}, can be had; nothing in the block is rounded yet."""
+        """A context in which `target` works for these linears, {name: QuantLinear}.  Enter it before anything in the block is rounded."""
         self.block, self.done = deepcopy(block), 0
         self.reads = {linear: [] for linear in linears.values()}
         for name, linear in linears.items():
@@ -110,11 +110,11 @@ class Stream(Sequences):
         self.reads[linear].append(read if linear in self.at_once else self.place.put(read))
 
     def run(self, k, name, at_once):
-        """Batch k through the unquantized block, the first time.  at_once: linears that need what it reads now; others' is kept."""
+        """Run batch k through the unquantized block, once.  at_once: the linears whose inputs are needed now; those of others are kept."""
         if k == self.done:
             self.at_once, self.done = at_once, k + 1
             self[k] = super().run(self.block, k, name)
 
     def target(self, linear, x):
-        """What a linear that reads x (B, T, C) in the quantized model should be fitted to, float32.  Once a batch, in their order."""
+        """What to fit a linear to that reads x (B, T, C) in the quantized model, float32.  Called once per batch, in order."""
         return torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)

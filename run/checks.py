@@ -1,4 +1,4 @@
-"""What can be wrong with what a run is given and where it writes, found before any long work."""
+"""Checks of the inputs of a run and of the places it writes to, made before any long work."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
 def check_text(run):
-    """Raises UsageError for a demo model on text of the hub: it knows the words of its own only."""
+    """Raises UsageError for a demo model on text from the hub: it only knows the words of its own world."""
     place = Path(run.model or run.load).resolve()
     if place.parent == DEMO and run.data_dir is None and (run.corpora or run.recipe and run.recipe.method != "full"):
         text = f"--data_dir {os.path.relpath(DEMO / 'data')} --calib_data world --eval world"
@@ -30,7 +30,7 @@ def check_lengths(run, config):
 
 
 def check_targets(run, subject):
-    """Raises UsageError unless everything that the run will write can be had, as far as that shows before."""
+    """Raises UsageError if something that the run will write cannot be written, as far as this can be seen beforehand."""
     if run.save or run.checkpoint_dir:
         check_packable(subject.recipe)
     if run.export:
@@ -46,13 +46,13 @@ def check_targets(run, subject):
 
 
 def folders(run):
-    """{flag: folder} of what a run writes, in the order in which it does."""
+    """{flag: folder} of everything a run writes, in the order of writing."""
     found = {"checkpoint_dir": run.checkpoint_dir, "save": run.save, "export": run.export and run.export[1]}
     return {flag: folder for flag, folder in found.items() if folder is not None}
 
 
 def check_target(flag, folder):
-    """Raises UsageError unless a folder can be made under this name, or take the place of an empty one."""
+    """Raises UsageError unless a folder of this name can be made, or is there and empty."""
     real = folder.resolve()
     if real.exists() and not (real.is_dir() and not any(real.iterdir())):
         raise UsageError(f"{flag} {folder}: is there already; give another name")
@@ -75,7 +75,7 @@ def check_target(flag, folder):
 
 
 def check_space(run, subject, decoder):
-    """Raises UsageError unless there is room for what a run writes, as far as that can be estimated."""
+    """Raises UsageError if the disk has too little room for what a run writes, by an estimate."""
     size, recipe = packed_bytes(decoder, subject.recipe), subject.recipe
     tokens, streams = recipe.nsamples * recipe.seqlen, 2 if recipe.target == "stream" else 1
     sequences = streams * tokens * decoder.config.hidden_size * decoder.dtype.itemsize  # which --checkpoint_dir keeps as well
@@ -83,7 +83,7 @@ def check_space(run, subject, decoder):
     for flag, folder in folders(run).items():
         there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
         device = there.stat().st_dev
-        linked = flag == "save" and device in needed  # a save has the blocks of --checkpoint_dir under second names
+        linked = flag == "save" and device in needed  # --save makes hard links to the blocks of --checkpoint_dir
         needed[device] = needed.get(device, 0) + (0 if linked else size + sequences * (flag == "checkpoint_dir"))
         free = shutil.disk_usage(there).free
         if free < needed[device]:

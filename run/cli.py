@@ -10,7 +10,7 @@ from run.flags import listed, make_parser, quiet_libraries
 
 @dataclass(frozen=True)
 class Run:
-    """What a command line asks for, checked as far as that can be without a model."""
+    """What a command line asks for.  Everything that can be checked without a model has been checked."""
 
     script: str  # that was run
     model: str | None  # hub name or folder; None: --load says which
@@ -55,7 +55,7 @@ UNSET = object()
 
 
 def parse(parser, argv=None):
-    """The Run that a command line asks for.  Raises UsageError for what does not go together."""
+    """The Run that a command line asks for.  Raises UsageError for flags that do not go together."""
     untyped = {action.dest: UNSET for action in parser._actions if action.dest != "help"}
     given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
     typed = {flag: value for flag, value in given.items() if value is not UNSET}
@@ -75,7 +75,7 @@ def parse(parser, argv=None):
 
 
 def check_needs(values, typed):
-    """Raises UsageError for a flag that needs another one, or does not go with one."""
+    """Raises UsageError for a flag without the one that it needs, or with one that excludes it."""
     task_flags = ("num_fewshot", "batch_size", "limit", "skip_missing", "table_results", "apply_chat_template", "system_instruction")
     for flag, needs, there in (
         *((flag, "--tasks", values["tasks"]) for flag in task_flags),
@@ -108,7 +108,7 @@ def check_needs(values, typed):
 
 
 def make_recipe(values, typed):
-    """The Recipe of {flag: value}, with what its method implies; seqlen is the model's to bound.
+    """The Recipe of {flag: value}, with what its method implies.  seqlen is checked later, against the model's context.
 
     Raises UsageError for a setting out of range, and for one of `typed`, {flag: value}, that the method cannot use.
     """
@@ -132,7 +132,7 @@ def make_recipe(values, typed):
         for flag in flags if not usable else ():
             if flag in typed and (flag, typed[flag]) not in NOTHING:
                 raise UsageError(f"{shown(flag, typed[flag])}: --method {values['method']} does not {what}")
-            if flag in PRESETS[values["preset"]]:  # what a method cannot use of a preset, it goes without
+            if flag in PRESETS[values["preset"]]:  # settings of a preset that a method cannot use are dropped
                 settings[flag] = getattr(Recipe, flag)
     if values["smooth"] is False and False not in method.smooth:
         raise UsageError(f"--no-smooth: --method {values['method']} does not go without smoothing")
@@ -146,7 +146,7 @@ def make_recipe(values, typed):
     return recipe if values["seqlen"] is None else replace(recipe, seqlen=values["seqlen"])
 
 
-NOTHING = (("act_bits", 16), ("wbits", 16))  # not quantized: what a method that cannot quantize them does
+NOTHING = (("act_bits", 16), ("wbits", 16))  # a method that cannot quantize activations leaves them as they are
 
 
 def shown(flag, value=None):

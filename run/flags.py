@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def one_line_errors(self):
-        """What the user did, files, disk and network, and NaN met on the way become such a line; our own bugs are tracebacks."""
+        """Turn errors of the user, of files, disk and network, and NaN into one line.  Our own bugs stay tracebacks."""
         try:
             yield
         except (UsageError, OSError, FloatingPointError) as e:
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def quiet_libraries():
-    """Silence what is not the user's business, and print warnings as one line.  Raises UsageError if the installation cannot work."""
+    """Silence the libraries, and print warnings as one line.  Raises UsageError if the installation cannot work."""
     import transformers
     from tqdm import tqdm
     from transformers.utils import is_kernels_available
@@ -104,7 +104,7 @@ def listed(names):
 # ---------------------------------------------------------------------------
 # Flags
 
-SWITCH = argparse.BooleanOptionalAction  # a preset can switch it on, --no-... off again
+SWITCH = argparse.BooleanOptionalAction  # a preset can switch it on, and --no-... off again
 
 
 def add_flags(parser, smallest_scale, corpora):

@@ -34,13 +34,13 @@ class Subject:
     config: object  # its configuration
     recipe: Recipe
     tokenizer: object
-    calibration: dict | None = None  # the protocol of a calibration that is done
+    calibration: dict | None = None  # the protocol of the calibration, if it has been done
 
 
 def execute(run):
-    """Do what a run.cli.Run asks for.  Raises UsageError for what cannot be, FloatingPointError for NaN or Inf met on the way.
+    """Do what a run.cli.Run asks for.  Raises UsageError for what is impossible, FloatingPointError for NaN or Inf.
 
-    Returns {number: why it could not be had}, of tasks that failed while they were evaluated.
+    Returns {number: reason} for tasks that failed during their evaluation.
     """
     # ---- What can be wrong is found before any long work ----
     map_large_tensors()
@@ -118,7 +118,7 @@ def to_evaluate(run):
 
 
 def is_original(name, script):
-    """Whether a model is there that is not quantized."""
+    """Whether there is an unquantized model."""
     try:
         return not getattr(load_config(name, script), "quantization_config", None)
     except UsageError:
@@ -126,7 +126,7 @@ def is_original(name, script):
 
 
 def with_seqlen(recipe, seqlen, context):
-    """The recipe for sequences of so many tokens, if the model's context is long enough for them."""
+    """The recipe with this sequence length.  Raises UsageError if the model's context is shorter."""
     if seqlen > context:
         raise UsageError(f"--seqlen {seqlen}: the model's context is {context} tokens")
     return replace(recipe, seqlen=seqlen)
@@ -158,7 +158,7 @@ def task_protocols(tasks, run, tokenizer):
 
 
 def open_quantized(run, recipe, device):
-    """The quantized Decoder of --load; says what will compute its integers."""
+    """The quantized Decoder of --load; prints what will compute its integers."""
     kernel = None
     if computes_integers(recipe):
         kernel, line = kernels.select(run.kernel, device)
@@ -202,7 +202,7 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
 
 
 def tuned(store, ids, clock):
-    """Tune the blocks of a finished Store, and say what that gained: the divergence of every step."""
+    """Tune the blocks of a finished Store, print the gain, and return the divergence at every step."""
     with clock("tuning"):
         divergence = tune(store, ids, clock.device)
     tenth = max(1, len(divergence) // 10)
@@ -212,7 +212,7 @@ def tuned(store, ids, clock):
 
 
 def measure(run, decoder, tokenizer, texts, tasks, clock, walk):
-    """Every number of a Decoder, as soon as it is known: yields (kind, name, value), see run.report.Record.add.
+    """Measure a Decoder.  Yields each number as soon as it is known: (kind, name, value), see run.report.Record.add.
 
     texts: {corpus: ids (N,)}; walk: (tokens of a window, windows that run together).
     """

@@ -29,7 +29,7 @@ class Layer:
 
 @dataclass
 class Made:
-    """A finished block, {name: (codes (R, C) uint8, Grid)} of its linears, and the scale (C,) by which each smoothed linear was."""
+    """A finished block, {name: (codes (R, C) uint8, Grid)} of its linears, and the scale (C,) of each smoothed linear."""
 
     block: torch.nn.Module
     codes: dict
@@ -52,7 +52,7 @@ def output_error(W, x, linear, shift=0):
 
 
 class BlockQuantizer:
-    """Quantizes decoder block i: smooth, see what its linears read, round them group by group."""
+    """Quantizes decoder block i: smooth, collect statistics, round group by group."""
 
     def __init__(self, i, block, sequences, decoder, recipe, clock):
         """block: the unquantized one, on the device; changed in place."""
@@ -75,7 +75,7 @@ class BlockQuantizer:
         recipe, device = self.recipe, self.sequences.place.device
         batches, groups = None, self.groups
         if recipe.smooth_search:
-            if recipe.rotate:  # what reads the rotated stream has no outlier channels left: there a search would follow noise
+            if recipe.rotate:  # inputs from the rotated stream have no outlier channels left: a search there would follow noise
                 groups = [g for g in groups if g.producer not in self.norms]
             seen = {g: FirstSequences(SEARCHED) for g in groups}
             batches = min(len(self.sequences), -(-SEARCHED // len(self.sequences[0])))
@@ -90,12 +90,12 @@ class BlockQuantizer:
             else:
                 scales[g] = smooth_scale(seen[g].max, weights, recipe.alpha, recipe.min)
         for g, s in scales.items():
-            if (s != 1).any():  # else the search found none worth it: nothing to divide by at run time either
+            if (s != 1).any():  # else the search found no useful scale, and nothing is divided at run time either
                 fold_group(self.block, g, self.linears, self.config, s)
                 self.scales |= dict.fromkeys(g.linears, s)
 
     def observed(self, step, stream):
-        """What the groups of a step read: {group: FirstSequences}, {group: statistics}, {group: Means}, where they are needed."""
+        """Statistics of the groups of a step, where needed: {group: FirstSequences}, {group: statistics}, {group: Means}."""
         recipe, device = self.recipe, self.sequences.place.device
         biased = [g for g in step if recipe.bias_correction and any(self.linears[n].bias is not None for n in g.linears)]
         sample = {g: FirstSequences(1) for g in step}
@@ -115,9 +115,9 @@ class BlockQuantizer:
         return dict(zip(group.linears, zip(q.split(rows), grids, strict=True), strict=True))
 
     def finish_group(self, group, stats, means, sample):
-        """Round the linears of a group, and quantize their inputs from now on.
+        """Round the linears of a group; from now on they also quantize their inputs.
 
-        stats, means: what the group was seen to read, or None where that is not needed; sample: a sequence of it, for the errors.
+        stats, means: statistics of the group's inputs, or None where not needed; sample: one sequence of inputs, for the errors.
         """
         originals = {n: self.linears[n].weight.data for n in group.linears}
         if self.method.weights:
@@ -134,12 +134,12 @@ class BlockQuantizer:
             self.layers.append(Layer(self.i, n, output_error(W, sample.x[0], linear, shift)))
 
     def finished_part(self, step):
-        """The name of the submodule, attention mostly, whose last groups are those of a step, if others come after it; "" if none is."""
+        """The submodule (mostly attention) that this step finishes, if other groups come after it; else ""."""
         part, *later = (g.linears[0].rpartition(".")[0] for g in self.groups[self.groups.index(step[-1]) :])
         return part if later and part not in later else ""
 
     def run(self, stream=None):
-        """Quantize the block, and replace the sequences by its outputs: [Layer], Made."""
+        """Quantize the block and advance the sequences to its outputs.  Returns [Layer], Made."""
         if self.recipe.smooth:
             with self.clock("smoothing"):
                 self.smooth()
@@ -167,7 +167,7 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     """Quantize the blocks of a Decoder, one at a time, first to last, into a store: yields [Layer] of each.
 
     ids (n, T): calibration sequences.  The inputs of a block come from the quantized blocks before it.  store: a formats.checkpoint.Store,
-    which gets every block and gives back those that it has.  place: where the sequences are kept, and the device that works (None: of
+    which gets every block and returns those that it has.  place: where the sequences are kept, and the device that works (None: of
     calibration_place on a CPU).  Raises FloatingPointError, naming block and layer, where NaN or Inf turns up.
     """
     if recipe.rotate != isinstance(decoder.source, Rotated):
@@ -179,7 +179,7 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     if store.finished == len(decoder):
         return
     if METHODS[recipe.method].stats is None and not recipe.smooth and not recipe.bias_correction:
-        ids = ids[:1]  # nothing to learn from the others: the first is for the errors
+        ids = ids[:1]  # this method collects no statistics: one sequence is enough for the errors
     with clock("capture"):
         sequences = decoder.embed(ids.split(walk_batch), place)
     streams = [sequences, Stream(sequences, recipe.target_mix)] if recipe.target == "stream" else [sequences]
@@ -189,10 +189,10 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
         layers, made = BlockQuantizer(i, block, sequences, decoder, recipe, clock).run(*streams[1:])
         with clock("writing"):
             store.put(i, made, [asdict(layer) for layer in layers], streams)
-        del made, block  # while the next block is read, this one need not be there
+        del made, block  # free this block before the next one is read
         yield layers
 
 
 def calibration_place(decoder, ids, recipe, device):
-    """Where all that is kept of the calibration sequences has room: hidden states, and with a second stream what its linears read."""
+    """A Place with room for what is kept of the calibration sequences: hidden states, and with a Stream the inputs of its linears."""
     return sequences_place(decoder.config, decoder.dtype, ids.numel(), device, streams=8 if recipe.target == "stream" else 1)

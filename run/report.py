@@ -49,7 +49,7 @@ def report(recipe, decoder, found, clock):
 
 @dataclass
 class Record:
-    """The report of a run as it grows: each number is printed when it is known, and the JSON, if there is to be one, is written anew."""
+    """The growing report of a run: each number is printed as soon as it is known, and the JSON, if asked for, is rewritten."""
 
     recipe: Recipe
     found: dict  # see report
@@ -81,7 +81,7 @@ class Record:
             self.write(decoder, complete=False)
 
     def write(self, decoder, complete=True):
-        """The report so far, written if there is a place for it.  complete: whether all numbers are in it that were asked for."""
+        """The report so far, also written if there is a path.  complete: whether it has every number that was asked for."""
         about = report(self.recipe, decoder, self.found, self.clock) | {"complete": complete and not self.found["failed"]}
         if self.path:
             write_json(self.path, about)
@@ -89,12 +89,12 @@ class Record:
 
 
 def merged(old, new):
-    """What zero_shot returned of some tasks, with that of others."""
+    """The results of zero_shot for some tasks, merged with those for others."""
     return old | {key: old[key] | value if isinstance(value, dict) and key in old else value for key, value in new.items()}
 
 
 def metrics(row):
-    """[(metric, value, standard error or None)] of a row of results; a filter that the answers went through stands behind its metric."""
+    """[(metric, value, standard error or None)] of a row of results; the filter of the answers, if any, follows the name of the metric."""
     found = []
     for key, value in row.items():
         metric, _, name = key.partition(",")
@@ -133,8 +133,8 @@ IN_WORDS = {
 # What is printed
 
 DEFAULTS = asdict(Recipe())
-NAMED = ("method", "wbits", "act_bits", "smooth")  # have their own place in a name
-DATA = ("calib_data", "nsamples", "seqlen", "seed")  # are told by the protocol
+NAMED = ("method", "wbits", "act_bits", "smooth")  # these are at the start of a name
+DATA = ("calib_data", "nsamples", "seqlen", "seed")  # these are in the protocol
 
 
 def options(recipe):
@@ -211,7 +211,7 @@ def task_table(runs):
 
 
 def show(report, table_results=False):
-    """Print the tables of a report and how they came about.  table_results: tasks as a Markdown table, not as JSON."""
+    """Print the tables of a report, and its settings and cost.  table_results: tasks as a Markdown table, not as JSON."""
     name = recipe_name(report["recipe"])
     runs = ({"full": report["full"]} if report["full"] else {}) | {name: report["results"]}
     rows = [
@@ -228,7 +228,7 @@ def show(report, table_results=False):
 
 
 def describe(report):
-    """What to read under a table of results: how the numbers came about, and what they cost.  A few lines of text."""
+    """A few lines under a table of results: settings, calibration, seconds and memory."""
     recipe, protocol, seconds, peak = (report[key] for key in ("recipe", "protocol", "seconds", "peak_bytes"))
     used = protocol["calibration"]
     calib = (

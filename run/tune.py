@@ -1,4 +1,4 @@
-"""Tuning: the codes stay, and scales, norms and biases learn to give back the logits of the unquantized model.
+"""Tuning: codes stay fixed; scales, norms and biases are trained to reproduce the logits of the unquantized model.
 
 The solver leaves each layer at the optimum of its own objective; what is left is how the errors of many layers add up.  So Adam (Kingma and
 Ba, 2015) minimizes the divergence of the whole model's logits on the calibration sequences, straight through the rounding of activations.
@@ -16,7 +16,7 @@ from modelutils import Decoder, run_block, sequences_place, skeleton
 from quant import fake_quant_act
 from runtime import free_memory
 
-RATE = 1e-3  # of a step, as a share of the root mean square of what is tuned; it goes down to 0 as half a cosine wave does
+RATE = 1e-3  # learning rate relative to the root mean square of each tensor; it falls to 0 along half a cosine
 BETAS = (0.9, 0.95)  # of Adam
 SEQUENCES = 2  # of a step
 KEEP_EVERY = 5  # steps
@@ -46,7 +46,7 @@ class TunedLinear(nn.Module):
 
 
 class Teacher:
-    """What the unquantized Decoder makes of the calibration sequences ids (n, T): its blocks run once, its head whenever it is asked."""
+    """The unquantized Decoder on the calibration sequences ids (n, T).  Its blocks run once, its head on every request."""
 
     @torch.no_grad()
     def __init__(self, decoder, ids, device):
@@ -59,14 +59,14 @@ class Teacher:
 
     @torch.no_grad()
     def sequence(self, k):
-        """Of sequence k what enters the first block, (1, T, D), the blocks' other arguments, and the log-probabilities wanted, (T, V)."""
+        """For sequence k: the input (1, T, D) of the first block, the blocks' other arguments, and the wanted log-probabilities (T, V)."""
         return self.first[k].to(self.device), self.arguments, self.head(self.last[k])[0].log_softmax(-1)
 
 
 class Student:
     """The quantized model of a Store, computed in float32, its scales, norms and biases as parameters: {name in the model: parameter}.
 
-    Blocks are kept where there is room for all; else each is made from the store whenever it runs.
+    Blocks are kept if there is room for all; else each is built from the store whenever it runs.
     """
 
     def __init__(self, store, device, tokens):
@@ -131,7 +131,7 @@ def as_float(decoder):
 
 
 def plan(n, steps, seed):
-    """The sequences, numbers below n, of every step: all of them once, in a random order, then all again."""
+    """The sequences (0 to n - 1) of every step: all of them once in random order, then all again."""
     generator = torch.Generator().manual_seed(seed)
     order = [k for _ in range(-(-steps * SEQUENCES // n)) for k in torch.randperm(n, generator=generator).tolist()]
     return [order[s * SEQUENCES : (s + 1) * SEQUENCES] for s in range(steps)]
@@ -140,7 +140,7 @@ def plan(n, steps, seed):
 def tune(store, ids, device):
     """Tune the blocks of a finished Store by its recipe: the mean divergence of every step, in nats.
 
-    ids (n, T): the calibration sequences.  What is learnt is in store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
+    ids (n, T): the calibration sequences.  The result is in store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
     """
     steps = plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
     student = Student(store, device, ids.shape[1])
@@ -160,7 +160,7 @@ def tune(store, ids, device):
 
 
 class Optimizer:
-    """Adam on {name: parameter}, whose state can be kept."""
+    """Adam on {name: parameter}, with a state that can be saved."""
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
 
