@@ -1,4 +1,4 @@
-"""Perplexity of a decoder whose blocks pass over the device one by one."""
+"""Perplexity of a decoder, with one block on the device at a time."""
 
 import math
 
@@ -11,7 +11,7 @@ from modelutils import sequences_place
 
 @torch.no_grad()
 def perplexity(decoder, ids, seqlen, device=None, walk_batch=1, desc="evaluating"):
-    """Perplexity of a Decoder on ids (N,), cut into windows of seqlen tokens; the tail that fills none is dropped.
+    """Perplexity of a Decoder on ids (N,), cut into windows of seqlen tokens; a shorter last window is dropped.
 
     exp of the mean over windows of the mean negative log-likelihood of a window's tokens but the first, in float32 from the logits on.
     Returns {"ppl", "windows", "seqlen", "tokens"}.  Raises FloatingPointError if it is not finite.

@@ -11,13 +11,13 @@ from transformers import StaticCache
 from recipe import UsageError
 from runtime import captured, seconds
 
-READS = 5  # times that a prompt is read, after one that does not count
+READS = 5  # timed repetitions, after one warm-up
 
 
 def decoding_step(model, length, device):
-    """step(token ()) -> logits (1, 1, V), which decodes up to `length` tokens one after the other, and in words how it does so.
+    """step(token ()) -> logits (1, 1, V), which decodes up to `length` tokens one by one, and a description of how.
 
-    With a cache of fixed size, so that one CUDA graph can do every step; a model whose cache cannot be fixed has one that grows.
+    The cache has a fixed size, so that one CUDA graph does every step; models that do not support that get a growing cache.
     """
     cache = StaticCache(model.config, max_cache_len=length)
     if model.config._attn_implementation != "sdpa" or any(layer.is_sliding for layer in cache.layers):
@@ -82,7 +82,7 @@ def decode(model, ids, check=False):
 
 @torch.no_grad()
 def prefill(model, ids):
-    """Let a materialized model read ids (N,) at once, as a prompt, to the logits of what comes next.
+    """Time a materialized model reading ids (N,) as one prompt, up to the logits of the next token.
 
     Returns {"ms": the median, "tokens": N, "tokens_per_second", "how": in words}.
     """

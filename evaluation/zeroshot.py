@@ -22,21 +22,21 @@ from datautils import file_source, find_file, parse_json, read_rows
 from modelutils import check_vocabulary
 from recipe import UsageError
 
-NAMES = {"storycloze": "storycloze_2018"}  # the paper's names that mean something else to lm-eval
+NAMES = {"storycloze": "storycloze_2018"}  # names of the paper that lm-eval uses for something else
 
 
 @functools.cache
 def task_manager(everything):
-    """lm-eval's index of task names, or one that only knows files.  It reads many files for the first, which takes seconds."""
+    """lm-eval's index of task names, or one that only knows files.  Building the former reads many files and takes seconds."""
     return TaskManager(include_defaults=everything)
 
 
 def load_tasks(patterns, data_dir=None, num_fewshot=None, skip_missing=False):
     """lm-eval's tasks and groups, data included: [Task or Group].  patterns: names, with wildcards as in lm-eval, or YAML files of tasks.
 
-    data_dir: a folder NAME/SPLIT.jsonl[.gz] has the rows of each task, as the hub has them; the hub is then not asked, and groups become
-    their tasks.  Raises UsageError for an unknown task or broken rows, OSError if data is missing.  skip_missing: a warning in place of
-    that, if it leaves some.
+    data_dir: a folder NAME/SPLIT.jsonl[.gz] has the rows of each task, in the hub's form; the hub is then not used, and groups become
+    their tasks.  Raises UsageError for an unknown task or broken rows, OSError if data is missing.  skip_missing: warn instead,
+    unless no task is left.
     """
     manager = task_manager(not all(map(_is_yaml, patterns)))
     names = [name for pattern in patterns for name in _matching(NAMES.get(pattern, pattern), manager)]
@@ -128,7 +128,7 @@ def check_special_tokens(task, num_fewshot, tokenizer, surrounded=False):
 
 
 def sample_text(task, n=100):
-    """Prompts and answers of the first n items of a task, as far as they are plain text."""
+    """Prompts and answers of the first n items of a task that are plain text."""
     texts = (text for doc, _ in zip(task.eval_docs, range(n), strict=False) for text in (task.doc_to_text(doc), task.doc_to_target(doc)))
     return "\n".join(["a", *(text for text in texts if isinstance(text, str))])
 
@@ -164,7 +164,7 @@ def _load(name, spec, manager, error, remedy):
     """The task, group or tasks of a name, a file or a configuration, with their data.  error, remedy: what is raised if that fails."""
     try:
         loaded = manager.load([spec])
-    except Exception as e:  # whatever the hub, the network, or a task's own code raises, the way out is the same
+    except Exception as e:  # the hub, the network and a task's own code raise many types; the remedy is the same
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise error(f"{name}: its data cannot be loaded ({reason}); {remedy}") from e
     grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
@@ -193,7 +193,7 @@ def _load_local(name, manager, data_dir, num_fewshot):
     for split in needed:
         if split not in files:
             raise FileNotFoundError(f"{name}: --data_dir {data_dir} has no {name}/{split}.jsonl; {_way_out(name, split)}")
-    changes = {f"{use}_split": None for use, split in splits.items() if split not in files}  # lm-eval reads what it does not use, too
+    changes = {f"{use}_split": None for use, split in splits.items() if split not in files}  # lm-eval reads unused splits too
     changes |= {"include": str(manager.task_index[name].yaml_path), "dataset_kwargs": {"files": {s: str(f) for s, f in files.items()}}}
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, f"{name}.yaml")
