@@ -31,9 +31,9 @@ from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
 from smoothquant import fold_group
 
-FORMAT = 1  # of our folders; a newer one is refused
+FORMAT = 1  # version of our folders; newer ones are refused
 FILES = "awrq"  # what the names of our shards begin with; not "model", of which transformers would take what it knows and draw the rest
-PACKED = (3, 4)  # widths whose codes share bytes
+PACKED = (3, 4)  # bit widths whose codes share bytes
 CHUNK = 2**19  # bytes that are packed or unpacked together
 PARTS = ("codes", "scale", "zero")  # of a linear, besides its bias and in_scale
 GENERATION = "generation_config.json"
@@ -43,7 +43,7 @@ GENERATION = "generation_config.json"
 
 
 def pack(q, bits):
-    """Codes (R, C) uint8 as they lie on disk: (R, ceil(C * bits / 8)) uint8 for 3 and 4 bits, as they are for others."""
+    """Codes (R, C) uint8 in the layout of the disk: (R, ceil(C * bits / 8)) uint8 for 3 and 4 bits, as they are for others."""
     if bits not in PACKED:
         return q
     bytes_ = -(-q.shape[1] * bits // 8)
@@ -56,7 +56,7 @@ def pack(q, bits):
 
 
 def unpack(packed, bits, C):
-    """The codes (R, C) uint8 that `pack` was given."""
+    """The codes (R, C) uint8 that went into `pack`."""
     if bits not in PACKED:
         return packed
 
@@ -69,7 +69,7 @@ def unpack(packed, bits, C):
 
 
 def by_rows(function, t):
-    """function(t) of t (R, N), a few rows at a time: its words take many times the memory of the codes."""
+    """function(t) of t (R, N), a few rows at a time, because its intermediate words take many times the memory of the codes."""
     return torch.cat([function(rows) for rows in t.split(max(1, CHUNK // t.shape[1]))])
 
 
@@ -97,13 +97,13 @@ def unpacked_linear(tensors, name, shape, recipe):
 
 
 def without_codes(tensors, linears):
-    """What {name: tensor} has besides the codes and grids of these linears."""
+    """{name: tensor} without the codes and grids of these linears."""
     packed = {f"{name}.{part}" for name in linears for part in PARTS}
     return {name: t for name, t in tensors.items() if name not in packed}
 
 
 def computes_integers(recipe):
-    """Whether the integer op takes its linears."""
+    """Whether the integer op supports the linears of this recipe."""
     return recipe.wbits <= 4 and recipe.act_bits <= 8
 
 
@@ -114,7 +114,7 @@ def check_packable(recipe):
 
 
 def narrowed(tensor, name, dtype):
-    """A tensor in `dtype` if that changes no value, else as it is.  The type of a scale takes part in the arithmetic and stays."""
+    """A tensor in `dtype` if that changes no value, else unchanged.  Scales keep their type, which is part of the arithmetic."""
     if not tensor.is_floating_point() or name.endswith("scale"):
         return tensor
     own = tensor.to(dtype)
@@ -160,7 +160,7 @@ def write_about(folder, decoder, tokenizer, quantization_config):
 
 
 def link_or_copy(source, target):
-    """A second name for a file, or a copy of it where the file system has no such names."""
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -174,8 +174,8 @@ def link_or_copy(source, target):
 class Store:
     """The blocks of a quantized model as they are stored: the source of a Decoder (see modelutils.Original).
 
-    Of a method that rounds weights it has codes, grids, and all else of a block; of one that does not, the smoothing scales, with which
-    a block of the original is smoothed again.  Tensors outside the blocks are the original's, or those of a published folder.
+    For a method that rounds weights it holds codes, grids and all other tensors of a block; for other methods the smoothing scales, which
+    are applied again to the original block.  Tensors outside the blocks are the original's, or those of a published folder.
     """
 
     def __init__(self, original, recipe, folder=None):
@@ -190,7 +190,7 @@ class Store:
 
     @property
     def finished(self):
-        """How many blocks are finished: the first ones."""
+        """The number of finished blocks, counted from the first."""
         return len(self.blocks)
 
     @property
@@ -220,10 +220,10 @@ class Store:
         self.layers[i] = layers
 
     def keep_tuning(self, state):
-        """Keep where tuning is, {name: tensor}; only a ResumableStore does."""
+        """Save the state of tuning, {name: tensor}; only a ResumableStore does."""
 
     def tuning(self):
-        """What keep_tuning was given last; {}: nothing."""
+        """The state that keep_tuning saved last, or {}."""
         return {}
 
     def shard(self, i):
@@ -262,7 +262,7 @@ class Store:
         return block
 
     def _smoothed(self, block, tensors, batch):
-        """Smooth a block of the original again, and quantize its activations."""
+        """Smooth the original block again, and quantize its activations."""
         tensors = {name: t.clone() for name, t in tensors.items()}  # folding changes them
         scales = {name: tensors.pop(f"{name}.smooth_scale", None) for name in self.original.linears}
         assign(block, tensors)
@@ -284,7 +284,7 @@ class Store:
 
     @property
     def arithmetic(self):
-        """How its quantized linears are computed, in words."""
+        """A description of how the quantized linears are computed."""
         integers = self.kernel and computes_integers(self.recipe)
         how = f"integers ({self.kernel} kernel)" if integers else "floating point, on dequantized numbers"
         return f"{len(self.original) * len(self.original.linears)} linears in {how}"
@@ -296,12 +296,12 @@ class Store:
     # ---- Publishing ----
 
     def save(self, folder, tokenizer, about=None):
-        """Write a folder that open_checkpoint takes, which appears when it is complete.  about: see finish."""
+        """Write a folder for open_checkpoint.  It appears under its name when it is complete.  about: see finish."""
         with new_folder(folder) as partial:
             self.finish(partial, tokenizer, about)
 
     def finish(self, folder, tokenizer, about=None):
-        """Make a folder complete, in which the blocks may be already.  about: {"model", "calibration"}, for its config.json."""
+        """Complete a folder that may already contain the blocks.  about: {"model", "calibration"}, for its config.json."""
         blocks, sums = len(self.original), {}
         for i in range(blocks):
             names = {name: f"{self.prefix}{i}.{name}" for name in self.blocks[i]}
@@ -321,7 +321,7 @@ class Store:
         write_about(folder, self.original, tokenizer, entry | (about or {}))
 
     def size(self):
-        """A line about the quantized linears, all their tensors, against FP16."""
+        """One line: the size of the quantized linears, with all their tensors, against FP16."""
         packed = fp16 = 0
         for i in range(self.finished):
             tensors = self.read(i)
@@ -403,7 +403,7 @@ def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None):
 
 
 def check_saved(folder):
-    """Read back what --save wrote: index and headers, the first and last block, checksums included, and all outside.  Raises UsageError."""
+    """Read back what --save wrote: index, headers, first and last block, and all tensors outside.  Raises UsageError."""
     decoder = open_checkpoint(folder, "float32")
     for i in {0, len(decoder) - 1}:
         decoder.block(i)
@@ -412,7 +412,7 @@ def check_saved(folder):
 
 
 def packed_bytes(decoder, recipe):
-    """About how large a Decoder is when it is saved by a recipe."""
+    """Estimated bytes of a Decoder saved with a recipe."""
     linears, size = tuple(f".{name}.weight" for name in decoder.linears), 0
     for name, tensor in decoder.skeleton.state_dict().items():
         rounded = recipe.wbits < 16 and name.endswith(linears)

@@ -1,4 +1,4 @@
-"""Our codes in other people's formats: a row of FORMATS for each, and a card that says how the model was made."""
+"""Our codes in other formats: one row of FORMATS each, and a model card."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from recipe import UsageError
 
 
 def check_compressed_tensors(recipe, config):
-    """Raises UsageError for what compressed-tensors cannot say."""
+    """Raises UsageError for what compressed-tensors cannot represent."""
     family = FAMILIES[config.model_type]
     block = skeleton(config, torch.float32).get_submodule(family.blocks)[0]
     ragged, divided, tokens = [], [], recipe.act_bits < 16 and recipe.act_pertoken and family.flat
@@ -63,7 +63,7 @@ def compressed_tensors_config(model, recipe):
 
 @dataclass(frozen=True)
 class Format:
-    """How another format says what we have."""
+    """How another format represents our tensors."""
 
     check: Callable  # (recipe, config of the model): raises UsageError for what it cannot say
     linear: Callable  # (codes, Grid, recipe) -> {suffix: tensor}
@@ -77,13 +77,13 @@ FORMATS = {  # by the name that --export takes: recipe.EXPORTS
 
 
 def check_export(name, recipe, config):
-    """Raises UsageError for what a format cannot say."""
+    """Raises UsageError for what a format cannot represent."""
     check_packable(recipe)
     FORMATS[name].check(recipe, config)
 
 
 def export(store, folder, name, tokenizer):
-    """Write the blocks of a formats.checkpoint.Store in another format, into a new folder, which appears when it is complete."""
+    """Write the blocks of a formats.checkpoint.Store in another format, into a new folder, which appears when complete."""
     form, decoder, recipe = FORMATS[name], store.original, store.recipe
     form.check(recipe, decoder.config)
     sums, blocks = {}, len(decoder)

@@ -1,4 +1,4 @@
-"""The names of tensors: those that a checkpoint has, as transformers itself maps them to those of its model."""
+"""The names of tensors: how those of a checkpoint map to those of the model, by transformers' own rules."""
 
 import warnings
 
@@ -7,11 +7,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from recipe import UsageError
 
-LEFTOVERS = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")  # what old versions of transformers saved: nothing that is learnt
+LEFTOVERS = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")  # buffers that old versions of transformers saved; nothing learned
 
 
 def model_names(skeleton, names):
-    """{name in the model: name in the checkpoint}, and the same of tensors that the model has no place for.
+    """{name in the model: name in the checkpoint}, and the same for tensors that the model does not have.
 
     A checkpoint of the bare model (real OPT ones say decoder.layers, ours model.decoder.layers) and old spellings are understood.  Raises
     UsageError, naming a tensor, if transformers would merge or split some, as of a mixture of experts.

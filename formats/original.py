@@ -1,4 +1,4 @@
-"""The source of an unquantized decoder: the tensors of its checkpoint, block by block."""
+"""The source of an unquantized decoder: the tensors of its checkpoint, read block by block."""
 
 import hashlib
 
@@ -45,7 +45,7 @@ class Original:
         check_complete(skeleton, self.names, shards.shapes, self.tied, name)
 
     def _find_tied(self, skeleton):
-        """What shares another's tensor: as the class ties it, unless the checkpoint has two that differ."""
+        """Tied tensors: those that the class ties, unless the checkpoint has two different ones."""
         both = {t: s for t, s in skeleton.all_tied_weights_keys.items() if t in self.names and s in self.names}
         equal = {t: s for t, s in both.items() if torch.equal(*self.shards.read([self.names[t], self.names[s]]).values())}
         return tied_names(skeleton, self.names) | equal

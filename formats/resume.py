@@ -32,13 +32,13 @@ def abbreviate(items, n=3):
 
 
 def describe_config(config):
-    """What makes two configurations those of one model, as JSON has it."""
+    """The part of a configuration that identifies a model, as JSON."""
     about_files = ("dtype", "_name_or_path", "architectures", "transformers_version", "quantization_config")
     return json.loads(json.dumps({key: value for key, value in config.to_dict().items() if key not in about_files}))
 
 
 def run_identity(decoder, ids, recipe, device, walk_batch):
-    """Everything that the codes of a run depend on, but for the weights of blocks: {key: value} for run.json."""
+    """Everything that the codes of a run depend on, except the weights of the blocks: {key: value} for run.json."""
     return {
         "format": FORMAT,
         "recipe": asdict(recipe),
@@ -101,7 +101,7 @@ class ResumableStore(Store):
         self._drop_inputs()
 
     def _write_inputs(self, i, streams):
-        """Write what enters block i: {file: {name: sha256}}."""
+        """Write the inputs of block i: {file: {name: sha256}}."""
         partial = Path(f"{self._inputs(i)}.partial")
         partial.mkdir()
         sums = {}
@@ -111,7 +111,7 @@ class ResumableStore(Store):
         return sums
 
     def restore_inputs(self, streams):
-        """Give Sequences, one for each stream, what enters the first unfinished block."""
+        """Load the inputs of the first unfinished block into Sequences, one for each stream."""
         for k, (file, sums) in enumerate(self.entered.items()):
             found = read_shard(self._inputs(self.finished) / file, sums)
             for s, x in enumerate(streams):
@@ -132,7 +132,7 @@ class ResumableStore(Store):
         return read_shard(self.folder / entry["file"], entry["tensors"])
 
     def _drop_inputs(self):
-        """Remove what entered other blocks than the one that is still needed."""
+        """Remove the inputs of all blocks but the one that is still needed."""
         for inputs in self.folder.glob("inputs-*"):
             if inputs != self._inputs(self.finished):
                 shutil.rmtree(inputs)

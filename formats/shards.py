@@ -1,6 +1,6 @@
-"""Tensors by name, from the files that have them: opened, read, closed.  And files and folders that appear complete or not at all.
+"""Read tensors by name from safetensors and .bin files.  Write files and folders that appear complete or not at all.
 
-A mapping that stays open makes the memory of a process grow with the file, so every call opens anew, and what it gives is its own copy.
+An open memory mapping makes the process grow with the file, so every call opens the file again and returns copies.
 """
 
 import fcntl
@@ -52,7 +52,7 @@ def _unpickle(path, mmap):
         with warnings.catch_warnings(action="ignore"):  # what torch warns of, it then refuses
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError) as e:
-        # whatever the bytes of a file that is none make of torch's reader
+        # torch raises many types for a file that is not one of its own
         raise UsageError(
             f"{path}: missing, damaged, or not a file of weights that can be read without running what is in it ({_line(e)});"
             " take it from a copy, or where it is trusted let save_pretrained() of transformers write *.safetensors of it"
@@ -181,7 +181,7 @@ def write_shard(path, tensors):
         save_file(tensors, partial, metadata={"format": "pt"})
         with open(partial, "rb") as f:
             os.fchmod(f.fileno(), mode)  # save_file lets nobody else read it
-            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
+            os.fsync(f.fileno())  # after a crash, a file of this name must have its contents
         os.replace(partial, path)
     except (OSError, SafetensorError) as e:
         partial.unlink(missing_ok=True)
@@ -229,7 +229,7 @@ def read_json(path, keys):
 
 
 class Claim:
-    """Keeps a folder for as long as this object lives; a process that is killed lets go of it."""
+    """Locks a folder for as long as this object lives, or until the process ends."""
 
     def __init__(self, folder, name):
         """name: what a message calls the folder.  Raises UsageError if another run has it."""
@@ -245,14 +245,14 @@ class Claim:
 
 
 def remove_partial(folder, pattern):
-    """Remove what a killed run has left half-written."""
+    """Remove the unfinished folder of a run that was killed."""
     for path in folder.glob(pattern):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def new_folder(folder):
-    """A folder to write into, which gets its name when all has been written, and goes away if something fails before that.
+    """A folder to write into.  It gets its name when everything is written, and is removed if something fails before.
 
     The name may be that of an empty folder, or of a link to one, whose place it then takes.
     """
