@@ -1,6 +1,6 @@
 """AWRQ: round W so that Q @ quant(x) matches W @ x.
 
-What a layer sees at run time is not x but its quantized self xq.  The real-valued weight that best makes up for it is
+At run time a layer sees xq = quant(x) instead of x.  The real-valued weight that best compensates for this is
 W* = W + W M (H + lam I)^-1 with H = xq^T xq and M = (x - xq)^T xq; rounding W* with GPTQ's loop on H is AWRQ.
 """
 
@@ -16,7 +16,7 @@ from quant import fake_quant_act
 class Moments(gptq.Hessian):
     """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C), each sequence quantized as at run time.
 
-    The target t is the layer's own input x, if not another is given: then the layer also makes up for what went wrong before it.
+    The target t is the layer's own input x, unless another is given; then the layer also compensates for errors before it.
     """
 
     def __init__(self, columns, recipe, device):
@@ -25,7 +25,7 @@ class Moments(gptq.Hessian):
         self.acts = recipe.acts
 
     def add(self, x, target=None):
-        """x (B, T, C); target, of its shape: what W is applied to in what the layer should give, if not x."""
+        """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x)."""
         target = x if target is None else target
         bits, per_token, _ = self.acts
         if x.is_cuda and bits <= 8 and not per_token:
@@ -74,5 +74,5 @@ def reformulate(W, M, U):
 
 
 def quantize(W, stats, recipe, name):
-    """AWRQ on W (R, C) with stats, Moments to be finished, which it uses up: q (R, C) uint8 and its Grid.  Raises as gptq.quantize does."""
+    """AWRQ on W (R, C) with stats, unfinished Moments, which it overwrites: q (R, C) uint8 and its Grid.  Raises as gptq.quantize does."""
     return gptq.quantize(W, stats, recipe, name, target=lambda W, U: reformulate(W, stats.M, U))

@@ -1,4 +1,4 @@
-"""Text to tokens: which corpora there are, how the published loaders cut them into windows, where their text is (the hub, or --data_dir).
+"""Text to tokens: the corpora, how the published loaders cut them into windows, and where their text is (hub or --data_dir).
 
 A row of CORPORA is a corpus; any other folder of --data_dir is one too, and so is hub:OWNER/NAME[:CONFIG]:SPLIT.  Each number carries its
 `protocol`: two of them never compare.
@@ -262,13 +262,13 @@ def _file_names(corpus, split):
 
 
 def _identity(corpus, split, file):
-    """Equal for two uses of one text."""
+    """A key that is equal for two uses of the same text."""
     return file.resolve() if file else (corpus.folder, split)
 
 
 # ---- reading it ----
 def _read(name, corpus, split, file, field):
-    """(rows: a sequence of str, source: where they are from, without any path of this machine)."""
+    """(rows: a sequence of str, source: where they come from, without local paths)."""
     rows, source = _read_file(corpus, file, field) if file else _read_hub(name, corpus, split, field)
     if not any(row.strip() for row in rows):
         raise UsageError(f"{name}: its {split} split is empty ({file or source}); use another corpus")

@@ -70,7 +70,7 @@ class Hessian:
         self.H = whole_symmetric(self.H.float())
 
     def finite(self):
-        """Whether H can be used: of finite squares too the mean may not be, and damping is a share of it."""
+        """Whether H can be used.  The mean of its diagonal must be finite too, because damping is a share of it."""
         return bool(self.H.diagonal().sum().isfinite())
 
     def permute(self, order):
@@ -112,7 +112,7 @@ def invert_upper(V):
 
 @contextmanager
 def one_thread():
-    """Thousands of tiny operations: waking other threads for each costs more than they save, and very much more on a busy machine."""
+    """Use one thread: for thousands of tiny operations, waking others costs more than they save, and far more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -141,7 +141,7 @@ def triton_kernel(device):
 
     try:
         round_span(*torch.ones(5, 1, 1, device=device), 4)
-    except Exception as e:  # no C compiler, mostly; whatever it is, there is another way
+    except Exception as e:  # mostly a missing C compiler; in any case PyTorch can do it
         reason = str(e).strip().split("\n")[0]
         warnings.warn(
             f"Triton compiles nothing here ({reason}): columns are rounded by PyTorch, which takes many times longer", stacklevel=2
@@ -199,7 +199,7 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
             torch.div(x if a else first[:b], s, out=c).round_().add_(z).clamp_(0, 2**grid.bits - 1)
             x.addcmul_(c - z, s, value=-1)
             if b - a == 1:
-                x.div_(L[a, a])  # the same as below, many times faster
+                x.div_(L[a, a])  # computes the same as the loop below, many times faster
             else:
                 x.copy_(torch.linalg.solve_triangular(L[a:b, a:b], x, upper=False))
 

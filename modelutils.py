@@ -115,11 +115,11 @@ def first_lines(error):
 
 
 # ---------------------------------------------------------------------------
-# Sequences on their way through the blocks
+# The inputs of a block
 
 
 class Sequences:
-    """What enters a block, batch by batch: (B, T, D) each, kept in a Place, and the block's other arguments.
+    """The inputs of a block, batch by batch: hidden states (B, T, D), kept in a Place, and the other arguments.
 
     The arguments (masks, positions, rotary tables) are opaque: recorded once for each block and (B, T), and replayed as they are.  Blocks
     of one kind get the same tensors, so they take no memory of their own.
@@ -127,7 +127,7 @@ class Sequences:
 
     def __init__(self, place):
         self.place, self.x, self.arguments = place, [], {}  # arguments: {(name of the block, (B, T)): {...}}
-        self.now = None  # the batch that runs
+        self.now = None  # the current batch
 
     def __len__(self):
         return len(self.x)

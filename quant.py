@@ -17,7 +17,7 @@ from kernels import act_codes
 
 @dataclass
 class Grid:
-    """Where the integers of a weight (R, C) lie: w ~ scale * (q - zero).  scale, zero (R, G) float32, one column per group of columns."""
+    """The grid of a weight (R, C): w ~ scale * (q - zero).  scale, zero (R, G) float32, one column per group of columns."""
 
     scale: torch.Tensor
     zero: torch.Tensor
@@ -41,7 +41,7 @@ CHUNK = 2**22  # weights looked at together
 def find_grid(W, bits, groupsize=-1, sym=False, clip="none", importance=None):
     """Min-max grid of W (R, C) per row and group; 0 is always on it, so a row of zeros stays zero.
 
-    clip: of CLIPS; each range then shrinks to that share of it, of SHARES, at which rounding W costs least.  importance (C,): how much an
+    clip: a key of CLIPS; each range then shrinks to the share, of SHARES, at which rounding W costs least.  importance (C,): how much an
     error in a column counts, for "hessian" (None: all alike).
     """
     W = W.float()
@@ -97,7 +97,7 @@ def rtn(W, stats, recipe, name):
 
 
 def fake_quant_act(x, bits, per_token=False, sym=False):
-    """Round x (B, T, C) to a grid of its own and back, per sequence or per token, in the type of x: see kernels.act_codes."""
+    """Quantize and dequantize x (B, T, C), per sequence or per token, in the type of x: see kernels.act_codes."""
     if bits >= 16:
         return x
     q, scale, zero = act_codes(x, bits, per_token, sym)
@@ -105,7 +105,7 @@ def fake_quant_act(x, bits, per_token=False, sym=False):
 
 
 class Means:
-    """What a linear's output is wrong by on average: from the means over all tokens seen of its target and of its quantized input, (C,)."""
+    """The mean output error of a linear, from the means (C,) of its target and of its quantized input over all tokens seen."""
 
     def __init__(self, columns, recipe, device):
         self.target, self.seen = torch.zeros(2, columns, dtype=torch.float64, device=device)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 
 class UsageError(ValueError):
-    """Something that the user gave cannot be used: the message names it and the way out.  The scripts print it as one line."""
+    """An error of the user.  The message names the value and the remedy; the scripts print it as one line."""
 
 
 GRIDS = ("weight", "reformulated")
@@ -22,7 +22,7 @@ NEVER, OPTIONAL, ALWAYS = (False,), (False, True), (True,)  # the first is the d
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is, and what it allows.
+    """A method: its functions, and the settings that it allows.
 
     weights: the function (W, stats, recipe, name) -> codes, Grid that rounds a weight; stats: the class of the statistics that it needs.
     Both are "module:name", resolved when a block is quantized.  acts, smooth: whether activations are quantized and smoothed.

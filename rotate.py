@@ -1,4 +1,4 @@
-"""Rotation: the same function in a basis that rounds better.
+"""Rotation: the same function, in a basis in which rounding loses less.
 
 Ashkboos et al., "QuaRot" (NeurIPS 2024); Liu et al., "SpinQuant" (2024), whose R1 and R2 these are: an orthogonal Q on the residual stream,
 and one on each head of values, are multiplied into the weights once.  What enters a linear then has no outlier channels, and nothing is
@@ -98,7 +98,7 @@ def check_rotation(config):
 
 
 def untying(decoder):
-    """Bytes that a rotated Decoder takes because its head is a matrix of its own; 0 if it was one before."""
+    """Bytes that a rotated Decoder needs more because its head is no longer tied to the embedding; 0 if it was not."""
     head = decoder.skeleton.get_output_embeddings().weight
     return head.numel() * decoder.stored_dtype.itemsize if decoder.source.original.source.tied else 0
 

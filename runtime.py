@@ -1,4 +1,4 @@
-"""The machine that a run is on: its device, memory, seconds, versions and commit, and how its results become a file."""
+"""The machine of a run: device, memory, seconds, versions, commit; and writing JSON."""
 
 import ctypes
 import functools
@@ -43,7 +43,7 @@ def find_device(name=None):
 
 
 def release(device):
-    """Give back the memory that no tensor uses: a model has cycles, which only the collector finds, and PyTorch keeps what it had."""
+    """Free unused memory: models have reference cycles, which only the garbage collector finds, and PyTorch caches freed memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -70,7 +70,7 @@ def total_memory(device):
 
 
 def free_memory(device):
-    """Bytes that can still be had on a GPU, or on the host."""
+    """Bytes that are free on a GPU, or on the host."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
 
 
@@ -87,7 +87,7 @@ def peak_bytes(device):
 
 
 class Place:
-    """Where tensors are kept while they are not worked on: on the device that works, in host memory, or in a folder that goes with the run.
+    """Where tensors are kept while they are not in use: on the device, in host memory, or in a folder that is removed after the run.
 
     put(tensor) -> something whose .to(device) is the tensor again, on that device.
     """
@@ -108,7 +108,7 @@ class Place:
 
 
 class OnDisk:
-    """A tensor in a file, which is removed when nothing refers to it any more."""
+    """A tensor in a file; the file is removed with the last reference."""
 
     def __init__(self, folder, tensor):
         descriptor, self.path = tempfile.mkstemp(dir=folder, suffix=".pt")
@@ -232,7 +232,7 @@ def versions():
 
 
 def hardware(device):
-    """Names of what the numbers were computed on."""
+    """The names of the hardware."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"device": device.type, "gpu": gpu, "machine": platform.machine(), "threads": torch.get_num_threads()}
 
@@ -245,7 +245,7 @@ def write_json(path, content):
             json.dump(content, f, indent=1, allow_nan=False)
             f.write("\n")
             f.flush()
-            os.fsync(f.fileno())  # a crash must not leave the name without the bytes
+            os.fsync(f.fileno())  # after a crash, a file of this name must have its contents
         os.replace(partial_file, path)
     finally:
         with suppress(FileNotFoundError):

@@ -33,15 +33,15 @@ def tie(s, rows):
 
 
 def search_scale(x, weights, recipe, rows=None):
-    """The scale at which rounding is expected to cost least, of no smoothing and s = rms(x)^alpha / rms(w)^(1 - alpha) of ALPHAS: (C,).
+    """The scale (C,) with the least expected rounding error: no smoothing, or s = rms(x)^alpha / rms(w)^(1 - alpha) for ALPHAS.
 
     x (B, T, C): some of the inputs; weights: all (R, C) that read them.  s has the geometric mean 1 and is at least recipe.min.  With steps
     d of the weight's grid and e of a token's, rounding errors that are uniform and independent make an output error of
 
         sum_rc d_rc^2 / 12  mean_t x_tc^2 / s_c^2   +   mean_t e_t^2 / 12  sum_rc (w_rc s_c)^2
 
-    Tokens count relative to their |x_t|^2, and those of zeros not at all: else a massive one, whose error the norm after it makes small
-    again, would decide for all others.
+    The error of a token is divided by its |x_t|^2, and tokens of zeros do not count.  Otherwise one massive token, whose error the next
+    norm shrinks again, would decide for all others.
     """
     W, x = torch.cat([W.float() for W in weights]), x.float()
     size = x.square().sum(-1, keepdim=True)  # (B, T, 1)
