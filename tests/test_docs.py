@@ -164,6 +164,13 @@ def test_the_python_of_the_kernels_runs():
         assert names["y"].shape == (1, 2, 8)
 
 
+def test_every_flag_is_documented():
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    parser = cli.make_parser(*opt.main.args, **opt.main.keywords)
+    flags = [action.option_strings for action in parser._actions if action.option_strings]
+    assert not [names for names in flags if not any(name in page for name in names)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
