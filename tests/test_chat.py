@@ -12,6 +12,8 @@ from evaluation import zeroshot
 from modelutils import decoder_of
 from recipe import UsageError
 
+pytestmark = pytest.mark.slow
+
 PLAIN = "{% for turn in messages %}{{ turn.content }} word7 {% endfor %}word8 "
 OTHER = PLAIN.replace("word8", "word9")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + PLAIN

@@ -108,6 +108,7 @@ def settings_id(value):
     return "-".join(map(str, value if isinstance(value, tuple) else value.items()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings"), MATRIX + OTHERS, ids=settings_id)
 def test_round_trip(kind, settings, tmp_path, monkeypatch):
     """What is loaded has the same codes, grids and other tensors, and computes the same, in integers where it can."""

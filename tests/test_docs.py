@@ -129,6 +129,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "more"), CHEAP)
 def test_a_cheap_command_runs(line, more, checkout, run_script):
     module = {"plot_losses": plot_losses, "table": table, "opt": opt, "main": main}[Path(line.split()[1]).stem]
@@ -150,6 +151,7 @@ def snippets(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(checkout, capsys):
     (code,) = snippets("README.md")
     exec(code.replace("nsamples=32", "nsamples=2").replace("text, recipe.seqlen", "text[:512], recipe.seqlen"), {})

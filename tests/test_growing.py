@@ -9,6 +9,8 @@ from conftest import save_model, tiny_model
 import main
 from run import pipeline
 
+pytestmark = pytest.mark.slow
+
 LATE = 'def score(doc, results):\n    raise LookupError("Resource not found;\\ndownload it first")\n'
 
 

@@ -243,6 +243,7 @@ def test_a_corrected_model_is_right_on_average(method):
 SHARED_ROWS = torch.arange(8).view(4, 1, 2).expand(-1, 2, -1).flatten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, SHARED_ROWS], ids=["own rows", "shared rows"])
 @pytest.mark.parametrize(
     ("outliers", "wbits", "act_bits", "settings"),
@@ -378,6 +379,7 @@ def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
         assert not recipe.actorder and recipe.grid == "weight" and recipe.target == "layer" and recipe.clip != "hessian"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["plus", "serve"])
 def test_a_preset_runs_on_every_model(model, preset):
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, **PRESETS[preset])

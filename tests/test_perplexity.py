@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import CPU, TINY, decoder_blocks, quantize, tiny_model, token_ids
+from conftest import CPU, TINY, VARIANTS, decoder_blocks, quantize, tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.perplexity import perplexity
@@ -28,8 +28,7 @@ def plain_perplexity(model, ids, seqlen):
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
-@pytest.mark.parametrize("walk_batch", [1, 3, 100])
-@pytest.mark.parametrize("seqlen", [2, 24])
+@pytest.mark.parametrize(("seqlen", "walk_batch"), [(2, 3), (24, 1), (24, 100)])
 def test_perplexity_is_the_plain_computation(model, seqlen, walk_batch):
     """Five windows and a tail that is dropped."""
     ids = token_ids(1, 5 * seqlen + seqlen - 1)[0]
@@ -40,7 +39,12 @@ def test_perplexity_is_the_plain_computation(model, seqlen, walk_batch):
     assert result["ppl"] == perplexity(decoder, ids[: 5 * seqlen], seqlen, CPU, walk_batch)["ppl"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Every variant with two methods, every method on several families; test_quantize.py has more.
+PAIRS = [(variant, method) for i, variant in enumerate(VARIANTS) for k, method in enumerate(METHODS) if (i - k) % 3 == 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "method"), PAIRS, indirect=["model"], ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_perplexity_of_a_quantized_model_is_the_plain_computation(model, method):
     """The plain one runs window by window, ours three at a time: activation scales are per window in both."""
     row, ids = METHODS[method], token_ids(1, 24 * 7)[0]

@@ -185,6 +185,7 @@ def by_hand(model, ids, recipe, codes_to_use=None):
     return model, codes, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "recipe"), BY_HAND, indirect=["model"], ids=lambda x: "-".join(x) if isinstance(x, tuple) else describe(x)
 )
