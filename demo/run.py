@@ -25,7 +25,6 @@ from tqdm import tqdm  # noqa: E402
 
 from datautils import calibration, eval_tokens  # noqa: E402
 from evaluation.perplexity import perplexity  # noqa: E402
-from evaluation.zeroshot import load_tasks, task_protocol, zero_shot  # noqa: E402
 from formats.checkpoint import Store  # noqa: E402
 from modelutils import load_tokenizer, open_decoder  # noqa: E402
 from recipe import METHODS, Recipe  # noqa: E402
@@ -170,6 +169,8 @@ def opt(args, folder):
 
 def llama(args, folder):
     """The accuracies of the tiny LLaMA: table, JSON."""
+    from evaluation.zeroshot import load_tasks, task_protocol, zero_shot  # only here: lm-eval takes seconds to import
+
     decoder, tokenizer, seqlen = load("llama")
     tasks = load_tasks([str(ROOT / f"demo/tasks/{task}.yaml") for task in TASKS])
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from test_families import tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PARTS = ("*.py", "run", "formats", "evaluation", "kernels", "bench", "tests", "demo/opt", "demo/data")
