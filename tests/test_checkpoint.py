@@ -148,6 +148,7 @@ def test_in_scale_comes_back(tmp_path):
         assert again.fc1.in_scale.equal(block.fc1.in_scale) and again.fc1.in_scale.std() > 0 and again.fc2.in_scale is None
 
 
+@pytest.mark.slow
 def test_a_loaded_model_generates(folder):
     (model, *_), loaded = quantize(tiny_model(), IDS, recipe(smooth=True)), load(folder)
     length = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -156,6 +157,7 @@ def test_a_loaded_model_generates(folder):
     assert ours.equal(torch.cat([loaded.generate(ids, **length) for ids in IDS.split(1)])), "a sequence does not depend on the others"
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_transformers_would_not_save(tmp_path):
     """Some on the hub are like this: LLaMA 2's once had a temperature without do_sample."""
     model = tiny_model()
@@ -168,6 +170,7 @@ def test_a_generation_config_that_transformers_would_not_save(tmp_path):
     assert load(tmp_path / "saved").generation_config.temperature == exported.generation_config.temperature == 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, tmp_path):
     store = saved(tmp_path / "saved", tiny_model("llama", "grouped").to(dtype))
@@ -292,6 +295,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint(spoilt, damage):
     spoil, error, parts = DAMAGE[damage]
@@ -301,6 +305,7 @@ def test_a_damaged_checkpoint(spoilt, damage):
     assert all(part in str(e.value) for part in parts), e.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["codes", "scale", "zero", "bias", "weight"])
 def test_every_tensor_is_checked(spoilt, what):
     """A flipped bit anywhere in the data of a shard is found, and its tensor named."""

@@ -28,6 +28,7 @@ def walked(decoder, batches, place):
     return list(decoder.logits(sequences))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["device", "folder"])
 @pytest.mark.parametrize("walk_batch", [1, 2, 5])
 def test_a_walked_decoder_is_the_model(model, walk_batch, home, tmp_path):
@@ -42,6 +43,7 @@ def test_sequences_of_several_lengths(model):
         torch.testing.assert_close(found, logits(model, ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_materialized_decoder_is_the_model(model):
     whole = decoder_of(model).materialize(CPU)
     assert torch.equal(logits(whole), logits(model))

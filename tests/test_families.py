@@ -51,6 +51,7 @@ def wrong(found):
     return [what for what, value in found if isinstance(value, float) and not value < check.TOLERANCE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "variant"), CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x) or "plain")
 def test_a_row_changes_nothing(family, variant):
     model = check.random_model(tiny_config(family, variant))
@@ -62,6 +63,7 @@ def test_a_row_changes_nothing(family, variant):
     assert check.check_names(decoder_of(model)) == [], "all linears of a block are quantized"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TINY])
 def test_a_quantized_model_is_the_same_in_a_walk_and_as_a_whole(family):
     """With all that plus does to it; the other families have tests of their own, by hand."""
@@ -89,6 +91,7 @@ def residual(row, **changes):
     return replace(row, residual=replace(row.residual, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "row", "named"),
     [

@@ -129,6 +129,7 @@ def test_a_type_that_transformers_knows_loads_its_own_class_whatever_auto_map_sa
     assert type(open_decoder(folder).skeleton) is OPTForCausalLM and not (folder / "RAN").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

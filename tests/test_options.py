@@ -138,6 +138,7 @@ def test_without_any_input_a_clipped_grid_is_that_of_rounding_to_nearest(clip):
 # Targets: against the method done by hand in test_modelutils.py, and here:
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awrq"])
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_nothing_of_the_stream_is_the_layers_own_target(method, true_sequential):
@@ -160,6 +161,7 @@ def test_the_stream_pays():
     assert lost[1] < 0.95 * lost[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk_batch", [1, 3])
 def test_the_stream_is_the_unquantized_model(monkeypatch, model, walk_batch):
     """Beside smoothed, partly quantized blocks it goes on with what the original computes."""
@@ -220,6 +222,7 @@ def test_the_corrected_bias_leaves_no_error_on_average(per_token):
     assert lost.abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.weights])
 def test_a_corrected_model_is_right_on_average(method):
     """The first linears of the first block, whose inputs no rounding has changed; a model without biases is left as it is."""
@@ -331,6 +334,7 @@ def test_a_search_leaves_out_what_reads_a_rotated_stream(monkeypatch):
     assert set(block.scales) == {"self_attn.o_proj", "mlp.down_proj"}
 
 
+@pytest.mark.slow
 def test_a_searched_model_is_the_same_function(model):
     before = logits(model)
     smoothed, _, layers = quantize_model(model, IDS, Recipe(method="act_only", smooth=True, smooth_search=True))

@@ -220,6 +220,7 @@ def far_from_by_hand(model, recipe):
     return far > 0.05 * loss + 1e-5 * full.norm().item() and f"{far:.3g}, and quantization itself costs {loss:.3g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=describe)
 def test_what_is_stored_is_what_the_model_computes_with(recipe):
     """Codes and grids, spread by hand, are the weights; every linear of a block is quantized once; nothing is left on the hooks."""
@@ -247,6 +248,7 @@ def test_what_is_stored_is_what_the_model_computes_with(recipe):
                 assert torch.equal(linear.weight, before[f"{i}.{name}"].weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.true_sequential], ids=describe)
 def test_no_result_depends_on_the_walk_batch_or_the_order_of_sequences(recipe):
     codes, ppls = [], []
@@ -262,6 +264,7 @@ def test_no_result_depends_on_the_walk_batch_or_the_order_of_sequences(recipe):
             assert agree >= 0.9999, f"{key} {agree:.2%}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", QUANTIZING)
 def test_the_model_keeps_its_type(method):
     """bfloat16 in, bfloat16 out, and still the model: quantized with 8 bits it stays close to its float32 self."""
@@ -283,6 +286,7 @@ def test_the_model_keeps_its_type(method):
 # Smoothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_smoothing_alone_changes_no_logit(model, alpha):
     before = logits(model)
@@ -299,6 +303,7 @@ def test_smoothing_alone_changes_no_logit(model, alpha):
         assert kept == model_before.keeps_in_scale
 
 
+@pytest.mark.slow
 def test_smoothing_moves_the_outliers(model):
     """It does something: at few activation bits the smoothed model is closer to the full one."""
     full, losses = logits(model), []
@@ -321,6 +326,7 @@ def test_dead_channels_do_not_stop_smoothing():
         assert distance(logits(smoothed), before) < 1e-5 * before.norm().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", FEW, ids=describe)
 def test_a_block_read_from_the_store_is_the_block_that_was_finished(model, recipe):
     """Bit for bit: what is measured is what is saved."""

@@ -88,6 +88,7 @@ def killed_runs(folder, n=10):
         yield finished
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     assert in_child(lambda: (tmp_path / "finished").write_text(json.dumps(list(killed_runs(tmp_path / "stores"))))) == 0
     finished = json.loads((tmp_path / "finished").read_text())

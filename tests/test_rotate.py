@@ -38,6 +38,7 @@ def logits(decoder, ids):
     return torch.cat(walked(decoder, ids.split(2), HOME))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "variant"), [pair for pair in VARIANTS if pair[1] != "post-norm"])
 def test_a_rotated_model_is_the_same_function(family, variant, exact):
     model, ids = exact(tiny_model(family, variant)), token_ids(4, 24)

@@ -157,6 +157,7 @@ def test_a_disk_that_is_full(refused, tiny_opt, tmp_path):
     assert in_child(write) == 0
 
 
+@pytest.mark.slow
 def test_main_too(corpora, tmp_path, monkeypatch, capfd):
     source = save_model(tmp_path / "llama", tiny_model("llama", "grouped"))
     common = ("--data_dir", corpora, "--eval", "own", "--seqlen", 16, "--device", "cpu")

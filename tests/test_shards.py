@@ -66,6 +66,7 @@ def folder_of(folder, model, kind):
 KINDS = ["safetensors", "safetensors sharded", "bin", "bin sharded", "old", "safetensors body", "bin body", "bin sharded body", "old body"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_layout_is_the_model(kind, dtype, tmp_path, capsys):
@@ -104,6 +105,7 @@ def test_a_head_of_its_own_although_the_class_ties(tmp_path):
         torch.testing.assert_close(decoder.materialize(CPU)(IDS).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", ["embedding", "head", "both", "head of its own"])
 def test_tied_tensors_survive_a_save(there, tmp_path):
     """Whichever of the two a file has, what is saved of it loads again, and is the same model."""

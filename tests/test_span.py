@@ -92,11 +92,13 @@ def run(code, *args, **env):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_arithmetic():
     for case in run(INTERPRETED, TRITON_INTERPRET="1"):
         assert case["same"] == 1 and case["off"] < 1e-4 and case["untouched"], case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_compiles_without_spills(arch, tmp_path):
     found = run(COMPILED, arch, TRITON_CACHE_DIR=str(tmp_path))

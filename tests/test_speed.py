@@ -27,6 +27,7 @@ def logits_of(model, ids):
         return model(ids[None]).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [("opt", "pre-norm"), ("opt", "post-norm"), ("llama", "grouped"), ("llama", "llama3"), ("qwen3", "wide")], ids="-".join
 )

@@ -29,6 +29,7 @@ IDS = token_ids(5, 48)
 # What is walked and when, and what is in memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=describe)
 def test_only_what_can_teach_something_is_run(monkeypatch, recipe):
     n, embed = [], Decoder.embed
@@ -89,6 +90,7 @@ def test_a_repeated_part_gives_to_each_input_its_own_output(monkeypatch, model):
         assert len(runs) == 4 and "forward" not in vars(block.self_attn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("true_sequential", "passes"), [(False, 2), (True, 1)])
 def test_finished_attention_runs_once(monkeypatch, model, true_sequential, passes):
     """In true sequence three passes need its output: those for the other groups, and the one to the next block."""
@@ -98,6 +100,7 @@ def test_finished_attention_runs_once(monkeypatch, model, true_sequential, passe
     assert len(runs) == passes * blocks * batches, "and none for what enters the first block"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LEARNING)
 def test_nothing_of_a_block_outlives_it_on_the_device(monkeypatch, method):
     """While a block is worked on, no codes, statistics, original weights or inputs of the linears before it are left."""
@@ -188,6 +191,7 @@ def linears_of(variants=VARIANTS):
     return [(f, v, name) for f, v in variants for group in TINY[f]["groups"] for name in group]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "variant", "name"), linears_of(), ids="-".join)
 def test_inf_in_an_activation_names_block_and_layer(family, variant, name):
     """Both while quantizing and while evaluating.  The weights themselves are finite."""
@@ -240,6 +244,7 @@ def test_a_layer_error_that_cannot_be_computed_in_float32_is_not_hidden():
         assert layer.error == pytest.approx(expected[layer.block, layer.name], rel=0.05), layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("method", LEARNING)
 def test_a_dead_input_is_a_named_warning_and_rounding_to_nearest(method, smooth):
