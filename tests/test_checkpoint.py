@@ -142,6 +142,7 @@ def test_round_trip(kind, settings, tmp_path, monkeypatch):
     assert off.max() < 0.3, off
 
 
+@pytest.mark.slow
 def test_in_scale_comes_back(tmp_path):
     model = saved(tmp_path / "saved", tiny_model("opt", "post-norm"), {"smooth": True}).decoder().materialize(CPU)
     for block, again in zip(decoder_blocks(model), decoder_blocks(load(tmp_path / "saved")), strict=True):
@@ -198,6 +199,7 @@ def test_the_folder(folder):
     assert "lm_head.weight" not in load_file(folder / shards[2]), "tied"
 
 
+@pytest.mark.slow
 def test_what_is_not_quantized_keeps_its_type(tmp_path):
     """A model of halves that was run in float32: its embeddings are stored as halves; folded norms are no halves any more."""
     model = tiny_model().half().float()
@@ -352,6 +354,7 @@ def kill_while_saving(folder):
     return in_child(act)
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_of_a_folder_is_removed_by_the_next(tmp_path):
     assert os.WTERMSIG(kill_while_saving(tmp_path / "saved")) == signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["saved.partial"]

@@ -37,6 +37,7 @@ def test_a_walked_decoder_is_the_model(model, walk_batch, home, tmp_path):
     torch.testing.assert_close(torch.cat(found), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sequences_of_several_lengths(model):
     batches = [IDS[:2], IDS[2:3, :10], IDS[3:, :10]]
     for found, ids in zip(walked(decoder_of(model), batches, Place(CPU, "device")), batches, strict=True):

@@ -70,6 +70,7 @@ def test_solve_is_the_column_loop_in_single_precision(C):
     assert_same_codes(gptq.solve(W, U, grid), reference.column_loop(W, U, grid.scale, grid.zero, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [False, True])  # AWRQ as published: first block and first grid from another weight
 @pytest.mark.parametrize(("groupsize", "C"), GROUPS)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)

@@ -197,6 +197,7 @@ class Layer(nn.Module):
         return kernels.w4a8_linear(x * 2, self.weight, per_token=True) + 1
 
 
+@pytest.mark.slow
 def test_op_is_one_that_pytorch_can_compile():
     weight, x = prepared(48, 100, 64), activations(2, 3, 100)
     for per_token, lengths in ((False, torch.tensor([3, 1])), (True, None)):

@@ -67,7 +67,10 @@ def demo():
     return open_decoder(folder), calibration("world", tokenizer, 8, SEQLEN, 0, data)[0], text
 
 
-@pytest.mark.parametrize("case", RECORDED, ids=name_of)
+CASES = [pytest.param(case, marks=() if case["args"] in REPRESENTATIVE else pytest.mark.slow, id=name_of(case)) for case in RECORDED]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_the_demo_gives_what_it_gave(case, demo):
     full, ids, text = demo
     recipe = asked_for(case["args"])

@@ -151,6 +151,7 @@ def test_nothing_of_the_stream_is_the_layers_own_target(method, true_sequential)
     assert any(not torch.equal(q, codes[2][key]) for key, q in codes[0].items())
 
 
+@pytest.mark.slow
 def test_the_stream_pays():
     """What the model computes on its calibration text is closer to the unquantized model's."""
     full, lost = logits(tiny_model(), ids := token_ids(32, 48)), []
@@ -178,6 +179,7 @@ def test_the_stream_is_the_unquantized_model(monkeypatch, model, walk_batch):
         assert not hasattr(streams[0], "block")
 
 
+@pytest.mark.slow
 def test_true_sequence_and_smoothing_change_no_function_before_rounding(monkeypatch, model):
     before = logits(model)
     monkeypatch.setattr(BlockQuantizer, "round_group", lambda self, g, _: {n: (self.linears[n].weight.data, None) for n in g.linears})
@@ -189,6 +191,7 @@ def test_true_sequence_and_smoothing_change_no_function_before_rounding(monkeypa
     assert (logits(store.model(model)) - before).norm() < 1e-4 * before.norm()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_stream_goes_on_where_it_was_killed(tmp_path):
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, target="stream")
     whole, decoder = codes_of(quantize_model(tiny_model(), IDS, recipe)[1]), decoder_of(tiny_model())

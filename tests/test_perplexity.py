@@ -28,6 +28,7 @@ def plain_perplexity(model, ids, seqlen):
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seqlen", "walk_batch"), [(2, 3), (24, 1), (24, 100)])
 def test_perplexity_is_the_plain_computation(model, seqlen, walk_batch):
     """Five windows and a tail that is dropped."""

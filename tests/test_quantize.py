@@ -313,6 +313,7 @@ def test_smoothing_moves_the_outliers(model):
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_dead_channels_do_not_stop_smoothing():
     """Zero weights and inputs give no 0/0, with any alpha."""
     for alpha in (0.0, 0.5, 1.0):

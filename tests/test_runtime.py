@@ -29,6 +29,7 @@ def test_a_device_that_is_there():
 # Places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["device", "host", "folder"])
 def test_a_place_gives_back_what_it_was_given(home, tmp_path):
     place = Place(CPU, tmp_path if home == "folder" else home)
