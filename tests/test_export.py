@@ -13,8 +13,9 @@ from test_checkpoint import TYPES, recipe, saved, settings_id
 from transformers import AutoModelForCausalLM
 
 import quant
-from formats.checkpoint import load, open_checkpoint
+from formats.checkpoint import open_checkpoint
 from formats.export import check_export, export
+from formats.whole import load
 from recipe import UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -44,7 +45,10 @@ def test_transformers_alone_loads_an_export(kind, settings, tmp_path, monkeypatc
     export(open_checkpoint(tmp_path / "saved").source, tmp_path / "exported", "compressed-tensors", toy_tokenizer())
     weights = [load_file(tmp_path / name / "model-00001-of-00003.safetensors") for name in ("at once", "exported")]
     assert weights[0].keys() == weights[1].keys() and all(t.equal(weights[1][name]) for name, t in weights[0].items())
-    exported, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32), load(tmp_path / "saved")
+    exported, loaded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32),
+        load(tmp_path / "saved", arithmetic="integers"),
+    )
     for ids in (IDS[:1], IDS[1:2, :5]):
         with torch.no_grad():
             logits, fake, ours = (m(ids).logits for m in (exported, model, loaded))
