@@ -89,14 +89,15 @@ def check_original(reader, config, tokenizer, path):
         found, own = field(reader, f"{architecture}.{key}"), setting(config)
         if found is not None and not math.isclose(found, own, rel_tol=1e-5):
             refuse(f"{architecture}.{key} is {found} there, {own} here")
+    ours = tensor_names(config)
     there = {t.name: tuple(map(int, reversed(t.shape))) for t in reader.tensors}
-    for name, (own, shape) in tensor_names(config).items():
+    for name, (own, shape) in ours.items():
         if name not in there and name != "output.weight":
             refuse(f"it has no {name}")
         if name in there and there[name] != shape:
             refuse(f"{name} is {there[name]} there, {own} is {shape} here")
     for name in there:
-        if name.startswith("blk.") and name not in tensor_names(config):
+        if name.startswith("blk.") and name not in ours:
             refuse(f"it has {name}, which this one has not")
     tokens = field(reader, "tokenizer.ggml.tokens") or []
     for i, token in enumerate(tokens[: len(tokenizer)] if tokenizer else ()):

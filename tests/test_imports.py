@@ -35,7 +35,7 @@ RUN_ORDER = (
     "publish",
     "checks",
     "pipeline",
-)  # in run/: as it is read
+)  # each reads those before it
 
 
 def name(path):
