@@ -88,15 +88,8 @@ def main(args):
         good &= abs(off) <= SAME
         numbers = (perplexity(quantized, ids, args.seqlen)["ppl"], ours, *theirs.values())
         rows.append((name, len(ids) // args.seqlen, *(f"{ppl:.4f}" for ppl in numbers), f"{off:+.2%}"))
-    heads = (
-        "corpus",
-        "windows",
-        f"ours, W{recipe.wbits}A{recipe.act_bits}",
-        f"ours, W{recipe.wbits}A16",
-        *llamas,
-        f"export over W{recipe.wbits}A16",
-    )
-    print(table(heads, rows))
+    bits, weights = f"W{recipe.wbits}A{recipe.act_bits}", f"W{recipe.wbits}A16"
+    print(table(("corpus", "windows", f"ours, {bits}", f"ours, {weights}", *llamas, f"export over {weights}"), rows))
     prompt = tokenizer(PROMPT)["input_ids"]
     read = llamas["llama.cpp, export"].tokenize(PROMPT.encode(), add_bos=False, special=False)
     if read != tokenizer(PROMPT, add_special_tokens=False)["input_ids"]:
@@ -104,7 +97,7 @@ def main(args):
         good = False
     model = load(args.loaded, "float32")
     ours = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)[0, len(prompt) :].tolist()
-    for label, tokens in {f"ours, W{recipe.wbits}A{recipe.act_bits}": ours, **{k: generated(v, prompt) for k, v in llamas.items()}}.items():
+    for label, tokens in {f"ours, {bits}": ours, **{k: generated(v, prompt) for k, v in llamas.items()}}.items():
         print(f"{label}: {PROMPT}{tokenizer.decode(tokens)!r}")
     print(f"within {SAME:.0%} of ours" if good else "NOT what we compute")
     sys.exit(0 if good else 1)
