@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -96,6 +97,8 @@ class AwrqQuantizer(HfQuantizer):
             raise UsageError(f"a model of the {config.model_type} family; supported: {', '.join(FAMILIES)}")
         check_one_attention(config)
         config.transformers_weights = INDEX
+        dtype = PreTrainedConfig.get_config_dict(config._name_or_path)[0].get("dtype")  # of the file: config has what is asked for
+        self.stored_dtype = dtype and getattr(torch, dtype)
         return config
 
     def _linears(self, model):
@@ -123,4 +126,4 @@ class AwrqQuantizer(HfQuantizer):
             block.register_forward_pre_hook(batch.observe, with_kwargs=True)
         batch.attach(model)
         model.batch = batch
-        return saves_itself(model, self.recipe, self.quantization_config.about)
+        return saves_itself(model, self.recipe, self.quantization_config.about, self.stored_dtype)

@@ -108,7 +108,8 @@ def write_about(folder, decoder, tokenizer, quantization_config):
     config = deepcopy(decoder.config)
     config.dtype, config.quantization_config = decoder.stored_dtype, quantization_config
     try:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:  # a whole model knows of none
+            tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)
         decoder.skeleton.generation_config.to_json_file(folder / GENERATION)  # as it is: save_pretrained refuses some of the hub's
     except Exception as e:  # transformers raises whatever its backends do

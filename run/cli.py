@@ -63,7 +63,7 @@ def parse(parser, argv=None):
     """The Run that a command line asks for.  Raises UsageError for what does not go together."""
     untyped = {action.dest: UNSET for action in parser._actions if action.dest != "help"}
     given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
-    typed = {flag: value for flag, value in given.items() if value is not UNSET}
+    typed = {flag: value for flag, value in given.items() if value is not UNSET and (flag, value) != ("model", None)}
     settings, model = read_settings(typed["recipe"]) if "recipe" in typed else ({}, None)
     defaults = {flag: parser.get_default(flag) for flag in given}
     preset = PRESETS[typed.get("preset", "paper")]

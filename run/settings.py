@@ -5,9 +5,10 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from recipe import PRESETS, Recipe, UsageError
+from recipe import DTYPES, METHODS, PRESETS, Recipe, UsageError
 
 KINDS = {f.name: type(f.default) for f in fields(Recipe)} | {"preset": str, "act_quant": bool, "dtype": str, "walk_batch": int}
+CHOICES = {"method": METHODS, "preset": PRESETS, "dtype": DTYPES}
 
 
 def read_settings(path):
@@ -22,10 +23,7 @@ def read_settings(path):
         content = content["recipe"] | {key: protocol[key] for key in ("dtype", "walk_batch") if key in protocol}
     for key, value in content.items():
         check_setting(path, key, value)
-    preset = content.pop("preset", "paper")
-    if preset not in PRESETS:
-        raise UsageError(f"--recipe {path}: preset {preset} is none of {', '.join(PRESETS)}")
-    settings = PRESETS[preset] | content
+    settings = PRESETS[content.pop("preset", "paper")] | content
     if "act_bits" in settings:
         settings.setdefault("act_quant", settings["act_bits"] < 16)
     return settings, model
@@ -62,6 +60,8 @@ def check_setting(path, key, value):
     if type(value) is not kind and not (kind is float and type(value) is int):
         what = {int: "a whole number", float: "a number, in YAML with a point, as 1.0e-2", bool: "true or false", str: "a word"}[kind]
         raise UsageError(f"--recipe {path}: {key} is {value!r}, must be {what}")
+    if value not in CHOICES.get(key, (value,)):
+        raise UsageError(f"--recipe {path}: {key} {value} is none of {', '.join(CHOICES[key])}")
 
 
 def changes(path, settings, used):
