@@ -114,7 +114,10 @@ def test_what_gguf_cannot_say(tmp_path):
     refused(["nowhere", "no GGUF file"], like=tmp_path / "nowhere")
     refused(["its architecture is llama", "qwen3"], config=tiny_model(*TYPES[4]).config)
     refused(["embedding_length is 64 there, 32 here"], like=write_original(tmp_path / "a.gguf", llama, embedding_length=64))
-    refused(["output.weight", "(96, 32)"], like=write_original(tmp_path / "b.gguf", tiny_model(*TYPES[2], vocab_size=96)))
+    refused(
+        ["token_embd.weight is (96, 32) there", "(100, 32) here"],
+        like=write_original(tmp_path / "b.gguf", tiny_model(*TYPES[2], vocab_size=96)),
+    )
     refused(
         ["which this one has not"],
         like=write_original(tmp_path / "c.gguf", tiny_model(*TYPES[2])),

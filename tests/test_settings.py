@@ -32,7 +32,7 @@ def report_of(run, path):
     ids=" ".join,
 )  # fmt: skip
 def test_the_json_of_a_run_is_its_recipe(script, line, tmp_path):
-    run = run_of("MODEL", "--seqlen", 64, *line, script=script)
+    run = run_of("MODEL", "--eval", "own", "--seqlen", 64, *line, script=script)
     path = report_of(run, tmp_path / "run.json")
     again = run_of("--recipe", path, "--eval", "own", script=script)
     assert again.recipe == run.recipe and (again.model, again.dtype, again.walk_batch) == ("M", "float32", 2)
