@@ -29,14 +29,15 @@ def first_block(config):
 def vllm_obstacle(recipe, config):
     """Why vLLM does not compute an export with its activations in 8 bits, and what to give instead; "" if it does."""
     family, block = FAMILIES[config.model_type], first_block(config)
-    rows = [block.get_submodule(name).out_features for group in family.groups for name in group.linears]
+    fused = [group.linears for group in family.groups if len(group.linears) > 1]
+    rows = [block.get_submodule(name).out_features for linears in fused for name in linears]
     for obstacle in (
         recipe.act_bits != 8 and f"activations have {recipe.act_bits} bits: --act_bits 8",
         not recipe.act_pertoken and "it has one activation scale per token: --act_pertoken",
         not recipe.act_sym and "its activations are symmetric: --act_sym",
         recipe.groupsize != -1 and "with groups of weights it computes in 16 bits: --groupsize -1",
         recipe.wbits == 8 and not recipe.sym and "8-bit weights are symmetric there: --sym",
-        not recipe.sym and any(n * recipe.wbits % 32 for n in rows) and "zero points of a row count that fills no words: --sym",
+        not recipe.sym and any(n * recipe.wbits % 32 for n in rows) and "it fuses linears, and zero points of these fill no whole words: --sym",
     ):
         if obstacle:
             return obstacle

@@ -122,7 +122,7 @@ def test_checking_an_export_against_vllm(run_script, vllm, tmp_path):
             "down_proj.weight_packed: (32, 7), vLLM allocates (32, 8)",
         ),
         (damaged(lambda t, p: {"weight_packed": t[f"{p}weight_packed"].float()}), "vLLM allocates torch.int32"),
-        (damaged(lambda t, p: {"g_idx": t[f"{p}weight_shape"]}), "down_proj.g_idx: vLLM has no place for it"),
+        (damaged(lambda t, p: {"g_idx": t[f"{p}weight_shape"] + 1}), "down_proj.g_idx: vLLM has no place for it"),
     ):
         assert status == 1 and "WRONG" in out and part in out, out
     for wrong, part in ((tmp_path / "nowhere", "no source archive"), (tmp_path, "has no vllm/")):

@@ -94,7 +94,7 @@ SERVE = {"act_pertoken": True, "act_sym": True}
         (TYPES[2], SERVE, "vllm serve DIR --linear-backend humming (warning: without", "0.17.1)"),
         (TYPES[0], SERVE, "vllm serve DIR --linear-backend humming (warning: without", "import awrq_hf"),
         (TYPES[2], SERVE | {"wbits": 3, "sym": True}, "silently runs W3A16", "0.18 or newer"),
-        (TYPES[2], SERVE | {"wbits": 3}, "fills no words: --sym", "import awrq_hf"),
+        (TYPES[2], SERVE | {"wbits": 3}, "fill no whole words: --sym", "import awrq_hf"),
         (TYPES[2], SERVE | {"wbits": 8}, "8-bit weights are symmetric there: --sym", "0.17.1)"),
         (TYPES[2], SERVE | {"act_bits": 6}, "6 bits: --act_bits 8", "0.17.1)"),
         (TYPES[2], SERVE | {"groupsize": 16}, "--groupsize -1", "0.17.1)"),
