@@ -26,7 +26,6 @@ from families import FAMILIES
 from formats.checkpoint import FORMAT, INDEX, computes_integers, finished_linear
 from formats.codes import PARTS, packed_shapes, unpacked_linear
 from formats.whole import chosen, saves_itself
-from modelutils import check_one_attention
 from quant import Batch, QuantLinear, from_int
 from recipe import ARITHMETICS, Recipe, UsageError
 
@@ -95,7 +94,6 @@ class AwrqQuantizer(HfQuantizer):
         """The first thing that is asked after the quantizer is there, and before files are looked for: ours have names of their own."""
         if config.model_type not in FAMILIES:
             raise UsageError(f"a model of the {config.model_type} family; supported: {', '.join(FAMILIES)}")
-        check_one_attention(config)
         config.transformers_weights = INDEX
         dtype = PreTrainedConfig.get_config_dict(config._name_or_path)[0].get("dtype")  # of the file: config has what is asked for
         self.stored_dtype = dtype and getattr(torch, dtype)

@@ -37,7 +37,9 @@ def vllm_obstacle(recipe, config):
         not recipe.act_sym and "its activations are symmetric: --act_sym",
         recipe.groupsize != -1 and "with groups of weights it computes in 16 bits: --groupsize -1",
         recipe.wbits == 8 and not recipe.sym and "8-bit weights are symmetric there: --sym",
-        not recipe.sym and any(n * recipe.wbits % 32 for n in rows) and "it fuses linears, and zero points of these fill no whole words: --sym",
+        not recipe.sym
+        and any(n * recipe.wbits % 32 for n in rows)
+        and "it fuses linears, and zero points of these fill no whole words: --sym",
     ):
         if obstacle:
             return obstacle
