@@ -209,7 +209,7 @@ class Check:
             self.layer(name, linears)
         self.others()
         if set(self.schemes) - {WANTED}:
-            self.wrong.append("activations stay in 16 bits")
+            self.wrong.insert(0, "activations stay in 16 bits")
 
     def tensor(self, name, shape, dtype):
         """Note what is wrong with a tensor: whether nothing is."""
