@@ -222,10 +222,11 @@ def run_dtype(config, dtype, device):
     return getattr(torch, dtype)
 
 
-def open_decoder(name, dtype="auto", device="cpu", config=None):
+def open_decoder(name, dtype="auto", device="cpu", config=None, rest_dtype="auto"):
     """The decoder of a local folder or hub model, whose weights are found and checked by their headers; no block is read yet.
 
-    Raises UsageError for weights that are missing, damaged, or do not fit config.json (config: what load_config gave, if it is there).
+    config: what load_config gave, if it is there; rest_dtype: in which the tensors that are not quantized are stored ("auto": the
+    checkpoint's, whatever is computed in).  Raises UsageError for weights that are missing, damaged, or do not fit config.json.
     """
     config = config or load_config(name)
     try:
@@ -239,7 +240,8 @@ def open_decoder(name, dtype="auto", device="cpu", config=None):
             empty.generation_config = GenerationConfig.from_pretrained(name)
         except Exception as e:
             raise UsageError(f"{file}: not a generation_config.json ({first_lines(e)}); correct it or take it away") from e
-    return Decoder(empty, Original(empty, find_weights(name), _prefix(config), name), config.dtype if dtype == "auto" else None)
+    kept = config.dtype if rest_dtype == "auto" else getattr(torch, rest_dtype)
+    return Decoder(empty, Original(empty, find_weights(name), _prefix(config), name), kept)
 
 
 def decoder_of(model):
@@ -336,19 +338,22 @@ class Decoder:
         fit = (memory - _bytes(model)) / _bytes(self.block(0))
         fit = len(self) if fit >= len(self) else max(0, int(fit) - 1)  # one place is for those that pass through
         blocks = [self.block(i).to(device) for i in tqdm(range(fit), desc="loading", unit="block", leave=False)]
-        blocks += [stand_in(self._blocks[i], self._visitor(i, device)) for i in range(fit, len(self))]
+        blocks += [self._visitor(i, device) for i in range(fit, len(self))]
         model.get_submodule(self.family.blocks).extend(blocks)
         model.batch, model.visiting = self.batch, len(self) - fit
+        self.batch.attach(model)
         return model
 
     def _visitor(self, i, device):
-        """The forward of block i, of which host memory has what is stored."""
+        """A stand-in for block i, of which host memory has what is stored."""
         stored = self.source.read(i)
 
         def forward(*args, **kwargs):
             return self.source.build(self.empty_block(i), stored, self.batch).to(device)(*args, **kwargs)
 
-        return forward
+        block = stand_in(self._blocks[i], forward)
+        block.stored = stored
+        return block
 
     def _copy(self, blocks, *without):
         """A copy of the skeleton with other blocks, and without some of its modules."""

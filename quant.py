@@ -131,10 +131,26 @@ class Batch:
 
     size = 1
     real = None  # (B, T) bool: which tokens are no padding; None: all
+    outer = None  # `real` around the call of a whole model
 
     def observe(self, block, args, kwargs):
         """Forward pre-hook of a decoder block, whose first input is (B, T, D)."""
         self.size = (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    def attach(self, model):
+        """Let every call of a whole model with a mask of tokens, attention_mask (B, T), say what is padding, as `padded` does."""
+        model.register_forward_pre_hook(self._announced, with_kwargs=True)
+        model.register_forward_hook(self._forgotten, always_call=True)
+
+    def _announced(self, model, args, kwargs):
+        self.outer, mask = self.real, kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            ids = args[0] if args else kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            mask = mask[:, -ids.shape[1] :].bool()  # with a cache, it has the tokens before too
+            self.real = None if ids.shape[1] == 1 or mask.all() else mask
+
+    def _forgotten(self, *_):
+        self.real = self.outer
 
     @contextmanager
     def padded(self, real):
@@ -169,6 +185,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("in_scale", None)  # (C,) where no preceding weight can absorb 1/s
         self.acts = (16,)  # see Recipe.acts
         self.batch = batch
+        self.stored = None  # {part: tensor} that it was made of, if it comes from a store, in host memory: see formats.codes
 
     def smoothed(self, x):
         """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale; zero where there is padding."""
@@ -215,7 +232,7 @@ class IntLinear(nn.Module):
             else:
                 setattr(self, name, value)
         self.register_buffer("in_scale", linear.in_scale)
-        self.acts, self.batch, self.kernel = linear.acts, linear.batch, kernel
+        self.acts, self.batch, self.kernel, self.biased = linear.acts, linear.batch, kernel, linear.bias is not None
 
     smoothed = QuantLinear.smoothed
 

@@ -11,7 +11,8 @@ GRIDS = ("weight", "reformulated")
 CLIPS = ("none", "mse", "hessian")
 TARGETS = ("layer", "stream")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-EXPORTS = ("compressed-tensors",)
+ARITHMETICS = ("auto", "integers", "dequantized")
+EXPORTS = ("compressed-tensors", "gguf")
 KERNELS = ("auto", "cuda", "torch")
 
 # ---------------------------------------------------------------------------
@@ -98,6 +99,7 @@ class Recipe:
     target_mix: float = 0.5  # share of the latter
     bias_correction: bool = False
     tune_steps: int = 0  # gradient steps on scales, norms and biases, codes fixed: see run/tune.py
+    rest_dtype: str = "auto"  # in which the tensors that are not quantized are kept; auto: as the checkpoint has them
     calib_data: str = "c4"
     nsamples: int = 128
     seqlen: int = 2048
@@ -123,6 +125,7 @@ class Recipe:
             ("min", 0 < self.min < float("inf"), "positive"),
             ("percdamp", 0 <= self.percdamp < float("inf"), "0 or more, for example 0.01"),
             ("tune_steps", self.tune_steps >= 0, "0 or more"),
+            ("rest_dtype", self.rest_dtype in DTYPES, ", ".join(DTYPES)),
             ("nsamples", self.nsamples > 0, "a positive number of sequences"),
             ("seqlen", self.seqlen > 1, "at least 2 tokens"),
             ("seed", self.seed >= 0, "0 or more"),

@@ -239,11 +239,15 @@ def hardware(device):
 
 def write_json(path, content):
     """Write a JSON file whole or not at all."""
+    replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path, text):
+    """Write a text file whole or not at all."""
     partial_file = f"{path}.{os.getpid()}.partial"
     try:
-        with open(partial_file, "w") as f:
-            json.dump(content, f, indent=1, allow_nan=False)
-            f.write("\n")
+        with open(partial_file, "w", encoding="utf-8") as f:
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())  # after a crash, a file of this name must have its contents
         os.replace(partial_file, path)

@@ -14,92 +14,41 @@ and of everything else its tensor, under its name in the model.  The index says 
 
 import os
 import shutil
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from formats.card import Reader, size_line, tensor_bytes, write_card
+from formats.codes import PARTS, packed_linear, unpacked_linear, without_codes
 from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
-from quant import Grid, IntLinear, from_int, replace_linears
+from quant import IntLinear, from_int, replace_linears
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
 from smoothquant import fold_group
 
 FORMAT = 1  # version of our folders; newer ones are refused
 FILES = "awrq"  # what the names of our shards begin with; not "model", of which transformers would take what it knows and draw the rest
-PACKED = (3, 4)  # bit widths whose codes share bytes
-CHUNK = 2**19  # bytes that are packed or unpacked together
-PARTS = ("codes", "scale", "zero")  # of a linear, besides its bias and in_scale
+INDEX = f"{FILES}.safetensors.index.json"
 GENERATION = "generation_config.json"
+KIND = "transformers", ("awrq",)  # library and tags of its card
+
+
+def readers(folder, script):
+    """[formats.card.Reader] of a folder of ours."""
+    return [
+        Reader("AWRQ", f"python {script} --load {folder} --eval wikitext2", "in a checkout of the program that wrote it"),
+        Reader("transformers", f'AutoModelForCausalLM.from_pretrained("{folder}")', "there too, after `import awrq_hf`"),
+    ]
+
 
 # ---------------------------------------------------------------------------
-# Codes
-
-
-def pack(q, bits):
-    """Codes (R, C) uint8 in the layout of the disk: (R, ceil(C * bits / 8)) uint8 for 3 and 4 bits, as they are for others."""
-    if bits not in PACKED:
-        return q
-    bytes_ = -(-q.shape[1] * bits // 8)
-
-    def packed(q):
-        words = F.pad(q, (0, -q.shape[1] % 8)).unflatten(1, (-1, 8)).int() << bits * torch.arange(8, dtype=torch.int32)  # of eight codes
-        return words.sum(2, dtype=torch.int32).unsqueeze(2).view(torch.uint8)[..., :bits].flatten(1)[:, :bytes_]
-
-    return by_rows(packed, q)
-
-
-def unpack(packed, bits, C):
-    """The codes (R, C) uint8 that went into `pack`."""
-    if bits not in PACKED:
-        return packed
-
-    def codes(packed):
-        packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
-        words = F.pad(packed, (0, 4 - bits)).view(torch.int32)
-        return (words >> bits * torch.arange(8, dtype=torch.int32) & 2**bits - 1).to(torch.uint8).flatten(1)[:, :C]
-
-    return by_rows(codes, packed)
-
-
-def by_rows(function, t):
-    """function(t) of t (R, N), a few rows at a time, because its intermediate words take many times the memory of the codes."""
-    return torch.cat([function(rows) for rows in t.split(max(1, CHUNK // t.shape[1]))])
-
-
-def packed_linear(name, q, grid, bits):
-    """Codes (R, C) and Grid of a linear as they are stored: {name: tensor}."""
-    zero = grid.zero.to(torch.uint8)  # whole numbers, 0 to 2^bits - 1
-    return {f"{name}.codes": pack(q.cpu(), bits), f"{name}.scale": grid.scale.cpu(), f"{name}.zero": zero.cpu()}
-
-
-def unpacked_linear(tensors, name, shape, recipe):
-    """The codes (R, C) and the Grid of a linear of shape (R, C) in {name: tensor}.  Raises UsageError if that is not what is there."""
-    R, C = shape
-    G = 1 if recipe.groupsize == -1 else -(-C // recipe.groupsize)
-    found = []
-    for suffix, expected in (
-        ("codes", (R, -(-C * recipe.wbits // 8) if recipe.wbits in PACKED else C)),
-        ("scale", (R, G)),
-        ("zero", (R, G)),
-    ):
-        found.append(tensors.get(f"{name}.{suffix}", torch.empty(0)))
-        if found[-1].shape != expected:
-            raise UsageError(f"{name}.{suffix}: {tuple(found[-1].shape)}, should be {expected}; config.json is of another model")
-    packed, scale, zero = found
-    return unpack(packed, recipe.wbits, C), Grid(scale, zero.float(), recipe.wbits, recipe.groupsize)
-
-
-def without_codes(tensors, linears):
-    """{name: tensor} without the codes and grids of these linears."""
-    packed = {f"{name}.{part}" for name in linears for part in PARTS}
-    return {name: t for name, t in tensors.items() if name not in packed}
+# What is packed
 
 
 def computes_integers(recipe):
@@ -113,12 +62,19 @@ def check_packable(recipe):
         raise UsageError(f"--method {recipe.method} rounds no weights, so there is nothing to pack; choose one that does")
 
 
-def narrowed(tensor, name, dtype):
-    """A tensor in `dtype` if that changes no value, else unchanged.  Scales keep their type, which is part of the arithmetic."""
+def stored(tensor, name, dtype, forced=False):
+    """A tensor as it is stored: in `dtype` if that is narrower and changes no value, else as it is; forced: in `dtype`, rounded.
+
+    The type of a scale takes part in the arithmetic and stays.  Raises FloatingPointError, naming the tensor, if it does not fit.
+    """
     if not tensor.is_floating_point() or name.endswith("scale"):
         return tensor
     own = tensor.to(dtype)
-    return own if own.to(tensor.dtype).equal(tensor) else tensor
+    if not forced:
+        return own if dtype.itemsize < tensor.dtype.itemsize and own.to(tensor.dtype).equal(tensor) else tensor
+    if not own.isfinite().all():
+        raise FloatingPointError(f"--rest_dtype {str(dtype).removeprefix('torch.')}: {name} has values beyond it; give another type")
+    return own
 
 
 # ---------------------------------------------------------------------------
@@ -134,7 +90,7 @@ def rest_of(decoder, source):
     """The tensors outside the blocks, {name: tensor}, each once."""
     prefix = f"{decoder.family.blocks}."
     names = [name for name in decoder.skeleton.state_dict() if not name.startswith(prefix) and name not in source.tied]
-    return {name: narrowed(t, name, decoder.stored_dtype) for name, t in source.rest(names).items()}
+    return {name: stored(t, name, decoder.stored_dtype) for name, t in source.rest(names).items()}
 
 
 def write_index(folder, files, sums):
@@ -152,7 +108,8 @@ def write_about(folder, decoder, tokenizer, quantization_config):
     config = deepcopy(decoder.config)
     config.dtype, config.quantization_config = decoder.stored_dtype, quantization_config
     try:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:  # a whole model knows of none
+            tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)
         decoder.skeleton.generation_config.to_json_file(folder / GENERATION)  # as it is: save_pretrained refuses some of the hub's
     except Exception as e:  # transformers raises whatever its backends do
@@ -171,6 +128,17 @@ def link_or_copy(source, target):
 # The store
 
 
+def finished_linear(linear, codes, packed, in_scale, recipe, kernel):
+    """What computes a quantized linear: an IntLinear with a kernel, where the integer op takes it, else the frozen QuantLinear.
+
+    linear: a QuantLinear with the dequantized weight; codes: (codes (R, C) uint8, Grid); packed: {part: tensor}, as they are stored;
+    kernel: of kernels.w4a8_linear, or None.
+    """
+    linear.in_scale, linear.stored = in_scale, packed
+    linear.freeze(recipe.acts)
+    return IntLinear(linear, *codes, kernel) if kernel and computes_integers(recipe) else linear
+
+
 class Store:
     """The blocks of a quantized model as they are stored: the source of a Decoder (see modelutils.Original).
 
@@ -186,6 +154,7 @@ class Store:
         self.layers = {}  # of each what is told of it, for JSON
         self.tuned = {}  # {name in the model: tensor} that takes the place of what was put: see run/tune.py
         self.checked = set()  # blocks whose checksums were right when they were first read
+        self.about = {}  # of a published one: see finish
         self.kernel = None  # of kernels.w4a8_linear, for linears that compute in integers; None: they compute on dequantized numbers
 
     @property
@@ -196,6 +165,10 @@ class Store:
     @property
     def tied(self):
         return self.original.source.tied
+
+    def as_stored(self, tensor, name):
+        """A tensor that is not quantized, as it is stored."""
+        return stored(tensor, name, self.original.stored_dtype, forced=self.packs and self.recipe.rest_dtype != "auto")
 
     # ---- Writing ----
 
@@ -211,7 +184,7 @@ class Store:
         else:
             tensors = {f"{name}.smooth_scale": s for name, s in made.scales.items()}
         # A copy of each, as linears that read one input share their in_scale, and nothing of the block must stay alive.
-        tensors = {name: narrowed(t.cpu(), name, self.original.stored_dtype).clone() for name, t in tensors.items()}
+        tensors = {name: self.as_stored(t.cpu(), name).clone() for name, t in tensors.items()}
         if self.folder is None:
             self.blocks[i] = tensors
         else:
@@ -241,7 +214,8 @@ class Store:
             found = read_shard(self.shard(i), sums, check=i not in self.checked)
             self.checked.add(i)
             tensors = {name.removeprefix(prefix): t for name, t in found.items()}
-        tensors |= {name.removeprefix(prefix): t for name, t in self.tuned.items() if name.startswith(prefix)}
+        tuned = {name: t for name, t in self.tuned.items() if name.startswith(prefix)}
+        tensors |= {name.removeprefix(prefix): self.as_stored(t, name) for name, t in tuned.items()}
         return tensors if self.packs else self.original.source.read(i) | tensors
 
     def build(self, block, tensors, batch):
@@ -255,10 +229,8 @@ class Store:
         in_scales = {name: tensors.pop(f"{name}.in_scale", None) for name in linears}
         assign(block, without_codes(tensors, linears) | {f"{name}.weight": from_int(*pair) for name, pair in codes.items()})
         for name, linear in linears.items():
-            linear.in_scale = in_scales[name]
-            linear.freeze(recipe.acts)
-            if self.kernel and computes_integers(recipe):
-                block.set_submodule(name, IntLinear(linear, *codes[name], self.kernel))
+            packed = {part: tensors[f"{name}.{part}"] for part in PARTS}
+            block.set_submodule(name, finished_linear(linear, codes[name], packed, in_scales[name], recipe, self.kernel))
         return block
 
     def _smoothed(self, block, tensors, batch):
@@ -275,7 +247,8 @@ class Store:
         return block
 
     def rest(self, names):
-        return self.original.source.rest(names) | {name: self.tuned[name] for name in self.tuned.keys() & set(names)}
+        found = self.original.source.rest(names) | {name: self.tuned[name] for name in self.tuned.keys() & set(names)}
+        return {name: self.as_stored(t, name) for name, t in found.items()}
 
     def codes(self, i):
         """{name: (codes (R, C) uint8, Grid)} of block i."""
@@ -292,6 +265,12 @@ class Store:
     def decoder(self):
         """The quantized Decoder."""
         return Decoder(self.original.skeleton, self, self.original.stored_dtype)
+
+    def dequantized(self):
+        """The same blocks, whose linears compute on dequantized numbers."""
+        other = copy(self)
+        other.kernel = None
+        return other
 
     # ---- Publishing ----
 
@@ -319,6 +298,8 @@ class Store:
         write_index(folder, FILES, sums)
         entry = {"quant_method": "awrq", "format": FORMAT, "recipe": asdict(self.recipe), "versions": versions(), "commit": commit()}
         write_about(folder, self.original, tokenizer, entry | (about or {}))
+        size = size_line(tensor_bytes(folder), self.original.family)
+        write_card(folder, about or {}, self.recipe, KIND, readers("FOLDER", self.original.family.script), size)
 
     def size(self):
         """One line: the size of the quantized linears, with all their tensors, against FP16."""
@@ -342,7 +323,7 @@ class Published(Store):
     def __init__(self, original, recipe, folder):
         """original: a Decoder of the skeleton alone.  Raises UsageError for an index that is not of this model."""
         super().__init__(original, recipe, folder)
-        index = read_json(self.folder / f"{FILES}.safetensors.index.json", ("weight_map", "sha256"))
+        index = read_json(self.folder / INDEX, ("weight_map", "sha256"))
         shards = {file: {} for file in sorted(set(index["weight_map"].values()))}
         for name, file in index["weight_map"].items():
             shards[file][name] = index["sha256"][name]
@@ -387,18 +368,21 @@ def load_packed_config(folder, script=None):
     return config, about | {"recipe": recipe}
 
 
-def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None):
+def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None, arithmetic="auto"):
     """The quantized Decoder of a folder that --save wrote, whose blocks are read when they are visited.
 
-    dtype, device: as of open_decoder.  Linears that the integer op takes call it, with `kernel` as in kernels.w4a8_linear (None:
-    "cuda" on a GPU, else "torch"); others are dequantized.  Raises UsageError for what is missing, damaged, or does not fit config.json.
+    dtype, device: as of open_decoder.  arithmetic: "dequantized", or "integers" (which "auto" means here): linears that the integer op
+    takes call it, with `kernel` as in kernels.w4a8_linear (None: "cuda" on a GPU, else "torch"); others are dequantized.  Raises UsageError
+    for what is missing, damaged, or does not fit config.json.
     """
     config, about = load_packed_config(folder)
     device = torch.device(device)
     empty = skeleton(config, run_dtype(config, dtype, device))
     empty.generation_config = GenerationConfig.from_dict(read_json(Path(folder, GENERATION), ()))
     store = Published(Decoder(empty, None, config.dtype), about["recipe"], folder)
-    store.kernel = kernel or ("cuda" if device.type == "cuda" else "torch")
+    store.about = {key: about[key] for key in ("model", "calibration") if key in about}
+    if arithmetic != "dequantized":
+        store.kernel = kernel or ("cuda" if device.type == "cuda" else "torch")
     return store.decoder()
 
 
@@ -418,8 +402,3 @@ def packed_bytes(decoder, recipe):
         rounded = recipe.wbits < 16 and name.endswith(linears)
         size += tensor.numel() * (recipe.wbits / 8 if rounded else decoder.stored_dtype.itemsize)
     return int(size)
-
-
-def load(folder, dtype="auto", device="cpu", kernel=None):
-    """The whole model of a folder that --save wrote, on the device, ready to evaluate or to generate; arguments as of open_checkpoint."""
-    return open_checkpoint(folder, dtype, device, kernel).materialize(torch.device(device))

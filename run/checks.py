@@ -8,6 +8,7 @@ from pathlib import Path
 
 from formats.checkpoint import check_packable, packed_bytes
 from formats.export import check_export
+from formats.hub import check_push
 from recipe import UsageError
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -34,7 +35,9 @@ def check_targets(run, subject):
     if run.save or run.checkpoint_dir:
         check_packable(subject.recipe)
     if run.export:
-        check_export(run.export[0], subject.recipe, subject.config)
+        check_export(run.export[0], subject.recipe, subject.config, run.gguf_like, subject.tokenizer)
+    if run.push_to_hub:
+        check_push(run.push_to_hub)
     targets = {f"--{flag} {folder}": Path(folder).resolve() for flag, folder in folders(run).items()}
     inside = targets | ({f"--output_path {run.output_path}": Path(run.output_path).resolve()} if run.output_path else {})
     for (inner, path), (outer, folder) in product(inside.items(), targets.items()):

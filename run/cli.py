@@ -2,10 +2,11 @@
 
 import argparse
 import importlib.metadata
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from recipe import EXPORTS, METHODS, PRESETS, Recipe, UsageError
 from run.flags import listed, make_parser, quiet_libraries
+from run.settings import changes, read_settings
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Run:
     script: str  # that was run
     model: str | None  # hub name or folder; None: --load says which
     recipe: Recipe | None  # but for its seqlen; None: that of --load
+    notes: tuple[str, ...]  # what is to be said of its settings
     seqlen: int | None  # tokens of a window; None: the recipe's with --load, else the model's context, at most 2048
     # what to evaluate, and on what
     corpora: tuple[str, ...]
@@ -39,8 +41,11 @@ class Run:
     load: str | None
     checkpoint_dir: str | None
     export: tuple[str, str] | None  # (format, folder)
+    gguf_like: str | None  # a file
+    push_to_hub: str | None  # a repository
     output_path: str | None
     # how to compute
+    arithmetic: str
     kernel: str
     device: str | None  # None: a GPU if there is one
     dtype: str
@@ -58,19 +63,25 @@ def parse(parser, argv=None):
     """The Run that a command line asks for.  Raises UsageError for flags that do not go together."""
     untyped = {action.dest: UNSET for action in parser._actions if action.dest != "help"}
     given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
-    typed = {flag: value for flag, value in given.items() if value is not UNSET}
-    values = {flag: parser.get_default(flag) for flag in given} | PRESETS[typed.get("preset", "paper")] | typed
+    typed = {flag: value for flag, value in given.items() if value is not UNSET and (flag, value) != ("model", None)}
+    settings, model = read_settings(typed["recipe"]) if "recipe" in typed else ({}, None)
+    defaults = {flag: parser.get_default(flag) for flag in given}
+    preset = PRESETS[typed.get("preset", "paper")]
+    values = defaults | {"model": model} | settings | preset | typed
     if values["fewshot_as_multiturn"] is None:
         values["fewshot_as_multiturn"] = bool(values["apply_chat_template"])  # as lm_eval does
     values |= {"eval": listed(values["eval"]), "tasks": listed(values["tasks"])}
     check_needs(values, typed)
-    recipe = None if values["load"] else make_recipe(values, typed)
+    fallback = {flag: defaults[flag] for flag in (*settings, *preset) if flag not in typed}
+    recipe = None if values["load"] else make_recipe(values, typed, fallback)
+    used = values | (asdict(recipe) if recipe else {})
     return Run(
         script=parser.prog,
         recipe=recipe,
+        notes=(changes(typed["recipe"], settings | ({"model": model} if model else {}), used),) if settings else (),
         corpora=tuple(dict.fromkeys(NEW_EVAL.get(name, name) if values["new_eval"] else name for name in values["eval"])),
         export=values["export"] and tuple(values["export"]),
-        **{f.name: values[f.name] for f in fields(Run) if f.name not in ("script", "recipe", "corpora", "export")},
+        **{f.name: values[f.name] for f in fields(Run) if f.name not in ("script", "recipe", "notes", "corpora", "export")},
     )
 
 
@@ -82,6 +93,10 @@ def check_needs(values, typed):
         ("fewshot_as_multiturn", "--apply_chat_template, whose turns it means", values["apply_chat_template"]),
         ("check", "--benchmark", values["benchmark"]),
         ("kernel", "--load", values["load"]),
+        ("arithmetic", "--load", values["load"]),
+        ("kernel", "--arithmetic integers", values["arithmetic"] != "dequantized"),
+        ("gguf_like", "--export gguf", values["export"] and values["export"][0] == "gguf"),
+        ("push_to_hub", "--save or --export, whose folder it sends (`hf upload` sends any other)", values["save"] or values["export"]),
         ("benchmark", "--eval, whose first corpus it decodes", values["eval"]),
         ("benchmark_prefill", "--eval, whose first corpus it reads", values["eval"]),
         ("new_eval", "--eval, whose protocols it changes", values["eval"]),
@@ -92,8 +107,12 @@ def check_needs(values, typed):
             raise UsageError(f"{shown(flag)} needs {needs}")
     if values["export"] and values["export"][0] not in EXPORTS:
         raise UsageError(f"--export {values['export'][0]}: no such format; choose from {', '.join(EXPORTS)}")
+    if values["export"] and values["export"][0] == "gguf" and not values["gguf_like"]:
+        raise UsageError("--export gguf needs --gguf_like FILE, the original model in GGUF, whose tokenizer and metadata it copies")
+    if values["push_to_hub"] and values["save"] and values["export"]:
+        raise UsageError(f"--push_to_hub {values['push_to_hub']}: sends one folder; give --save or --export, not both")
     if values["load"]:
-        fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"preset", "act_quant", "save", "checkpoint_dir"}
+        fixed = {f.name for f in fields(Recipe)} - {"seqlen"} | {"preset", "recipe", "act_quant", "save", "checkpoint_dir"}
         for flag in typed:
             if flag in fixed:
                 raise UsageError(f"{shown(flag)} does not go with --load, which takes a model as it was quantized; leave it out")
@@ -107,10 +126,11 @@ def check_needs(values, typed):
         raise UsageError("nothing to evaluate: give --tasks or --eval, or --save to quantize only")
 
 
-def make_recipe(values, typed):
-    """The Recipe of {flag: value}, with what its method implies.  seqlen is checked later, against the model's context.
+def make_recipe(values, typed, fallback):
+    """The Recipe of {flag: value}, with what its method implies; seqlen is the model's to bound.
 
-    Raises UsageError for a setting out of range, and for one of `typed`, {flag: value}, that the method cannot use.
+    Raises UsageError for a setting out of range, and for one of `typed`, {flag: value}, that the method cannot use.  fallback: what takes
+    the place, {flag: value}, of what a preset or a file says and the method cannot use.
     """
     method = METHODS[values["method"]]
     acts = values["act_quant"] if values["act_quant"] in method.acts else method.acts[0]
@@ -118,6 +138,7 @@ def make_recipe(values, typed):
     settings = {f.name: values[f.name] for f in fields(Recipe) if f.name != "seqlen"}
     for usable, what, flags in (
         (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize", "clip", "bias_correction", "tune_steps")),
+        (method.weights, "quantize weights, so nothing is kept", ("rest_dtype",)),
         (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
         (method.stats or values["clip"] != "hessian", "compensate errors", ("clip",)),
         (method.stats and values["target"] == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),
@@ -132,8 +153,8 @@ def make_recipe(values, typed):
         for flag in flags if not usable else ():
             if flag in typed and (flag, typed[flag]) not in NOTHING:
                 raise UsageError(f"{shown(flag, typed[flag])}: --method {values['method']} does not {what}")
-            if flag in PRESETS[values["preset"]]:  # settings of a preset that a method cannot use are dropped
-                settings[flag] = getattr(Recipe, flag)
+            if flag in fallback and flag in settings:  # what a method cannot use of a preset, it goes without
+                settings[flag] = fallback[flag]
     if values["smooth"] is False and False not in method.smooth:
         raise UsageError(f"--no-smooth: --method {values['method']} does not go without smoothing")
     if method.weights and values["wbits"] == 16:
@@ -165,6 +186,8 @@ def main(script, doc, argv=None, **defaults):
         if (found := importlib.metadata.version("transformers")).partition(".")[0] != "5":  # else an import would fail in the middle
             raise UsageError(f"transformers {found} is installed, this program needs version 5: pip install -r requirements.txt")
         quiet_libraries()
+        for note in run.notes:
+            print(note)
         from run.pipeline import execute  # only now: it takes seconds
 
         failed = execute(run)

@@ -6,7 +6,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 
-from recipe import CLIPS, DTYPES, EXPORTS, GRIDS, KERNELS, METHODS, PRESETS, TARGETS, UsageError
+from recipe import ARITHMETICS, CLIPS, DTYPES, EXPORTS, GRIDS, KERNELS, METHODS, PRESETS, TARGETS, UsageError
 
 # ---------------------------------------------------------------------------
 # One line for what is wrong
@@ -128,6 +128,9 @@ def add_flags(parser, smallest_scale, corpora):
 
 
 def add_method_flags(group):
+    group.add_argument(
+        "--recipe", type=path, metavar="FILE", help="settings from YAML, or from the JSON that a run wrote; single flags override them"
+    )
     group.add_argument("--method", choices=METHODS, default="full", help="how to quantize (default %(default)s: not at all)")
     group.add_argument(
         "--preset",
@@ -289,6 +292,27 @@ def add_checkpoint_flags(group):
         type=path,
         metavar=("FORMAT", "FOLDER"),
         help=f"write the model for others into a new folder; FORMAT: {', '.join(EXPORTS)}",
+    )
+    group.add_argument(
+        "--gguf_like",
+        type=path,
+        metavar="FILE",
+        help="with --export gguf: the original model in GGUF, for tokenizer and metadata",
+    )
+    group.add_argument(
+        "--rest_dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of the tensors that are not quantized, embeddings too; auto = as the checkpoint has them (default)",
+    )
+    group.add_argument(
+        "--push_to_hub", type=path, metavar="REPO", help="send the folder of --save or --export to the Hugging Face hub when it is finished"
+    )
+    group.add_argument(
+        "--arithmetic",
+        choices=ARITHMETICS,
+        default="auto",
+        help="with --load: compute in integers, or dequantize once; auto (default): integers, but on a CPU --benchmark dequantizes",
     )
     group.add_argument(
         "--kernel",

@@ -12,14 +12,18 @@ import kernels
 from datautils import check_corpora, load_text
 from evaluation.perplexity import perplexity
 from evaluation.speed import decode, prefill
+from formats.card import add_results, size_line, tensor_bytes
 from formats.checkpoint import Store, check_saved, computes_integers, load_packed_config, open_checkpoint
 from formats.export import export
+from formats.hub import push
 from formats.resume import ResumableStore, abbreviate, describe_config, differences, run_identity
 from formats.shards import new_folder
+from formats.whole import chosen
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
 from recipe import Recipe, UsageError
 from rotate import check_rotation, rotated, untying
 from run.checks import check_lengths, check_space, check_targets, check_text, check_writable
+from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
 from run.tune import tune
@@ -59,7 +63,7 @@ def execute(run):
 
     # ---- Model and text: the headers of the weights, then all tokens ----
     with clock("loading"):
-        decoder = open_quantized(run, recipe, device) if run.load else open_decoder(run.model, run.dtype, device, subject.config)
+        decoder = (open_quantized if run.load else open_original)(run, subject, device)
         original = open_decoder(subject.model, run.dtype, device) if run.load and run.compare_full else decoder
     check_space(run, subject, decoder)
     ids, texts, protocol = load_text(
@@ -80,10 +84,12 @@ def execute(run):
         decoder, made = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk_batch)
         record.found |= made
     if run.export:
-        export(decoder.source, run.export[1], run.export[0], tokenizer)
-        print(f"{run.export[1]}: written as {run.export[0]}")
+        origin = {"model": subject.model, "calibration": protocol["calibration"]}
+        print("\n".join(export(decoder.source, run.export[1], run.export[0], tokenizer, run.gguf_like, origin)))
     record.add("results", decoder, measured(decoder))
-    show(record.write(decoder), run.table_results)
+    about = record.write(decoder)
+    show(about, run.table_results)
+    publish(run, results_text(about))
     return record.found["failed"]
 
 
@@ -113,6 +119,10 @@ def to_evaluate(run):
     model = run.model or about.get("model", run.load)
     if run.compare_full and not is_original(model, run.script):
         raise UsageError(f"--compare_full: {model} is not the unquantized model; with --load give that as MODEL")
+    if run.arithmetic == "integers" and not computes_integers(about["recipe"]):
+        raise UsageError(
+            f"--arithmetic integers: {run.load} has {about['recipe'].wbits}-bit weights, and they take up to 4 bits; leave it out"
+        )
     recipe = with_seqlen(about["recipe"], run.seqlen or about["recipe"].seqlen, config.max_position_embeddings)
     return Subject(model, config, recipe, load_tokenizer(run.load), about.get("calibration") or {})
 
@@ -157,13 +167,18 @@ def task_protocols(tasks, run, tokenizer):
 # Steps
 
 
-def open_quantized(run, recipe, device):
-    """The quantized Decoder of --load; prints what will compute its integers."""
+def open_original(run, subject, device):
+    """The Decoder of MODEL, to be quantized, or evaluated as it is."""
+    return open_decoder(run.model, run.dtype, device, subject.config, subject.recipe.rest_dtype)
+
+
+def open_quantized(run, subject, device):
+    """The quantized Decoder of --load; says what will compute its integers."""
     kernel = None
-    if computes_integers(recipe):
+    if run.arithmetic != "dequantized" and computes_integers(subject.recipe):
         kernel, line = kernels.select(run.kernel, device)
         print(line)
-    return open_checkpoint(run.load, run.dtype, device, kernel)
+    return open_checkpoint(run.load, run.dtype, device, kernel, run.arithmetic)
 
 
 def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
@@ -197,7 +212,7 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
                 check_saved(partial)
     if run.save:
         store.folder = store.folder if run.checkpoint_dir else Path(run.save)
-        print(f"{run.save}: {store.size()}")
+        print(f"{run.save}: {store.size()}; {size_line(tensor_bytes(run.save), decoder.family)}")
     return store.decoder(), {"layers": layers, "tuning": divergence}
 
 
@@ -220,23 +235,30 @@ def measure(run, decoder, tokenizer, texts, tasks, clock, walk):
         with clock("evaluation"):
             found = perplexity(decoder, tokens, walk[0], clock.device, walk[1], name)
         yield "perplexity", name, found
-    if not (tasks or run.benchmark or run.benchmark_prefill):
-        return
-    with clock("loading"):
-        model = decoder.materialize(clock.device)
-    for task in tasks:
-        yield "tasks", *evaluate_task(run, model, tokenizer, task, clock)
-    first = next(iter(texts.values()), None)
-    for kind, name, tokens, timed in (
-        ("benchmark", "decoding", run.benchmark, partial(decode, check=run.check)),
-        ("prefill", "reading a prompt", run.benchmark_prefill, prefill),
-    ):
-        if tokens:
-            with clock("benchmark"):
-                found = timed(model, first[:tokens])
-            yield kind, name, found
-    del model
+    if tasks:
+        model = materialized(decoder, clock)
+        for task in tasks:
+            yield "tasks", *evaluate_task(run, model, tokenizer, task, clock)
+        del model
+    if run.benchmark or run.benchmark_prefill:
+        decoder, first = generating(decoder, run.arithmetic, clock.device), next(iter(texts.values()))
+        model = materialized(decoder, clock)
+        for kind, name, tokens, timed in (
+            ("benchmark", "decoding", run.benchmark, partial(decode, check=run.check)),
+            ("prefill", "reading a prompt", run.benchmark_prefill, prefill),
+        ):
+            if tokens:
+                with clock("benchmark"):
+                    found = timed(model, first[:tokens])
+                yield kind, name, found | {"how": f"{found['how']}, {decoder.source.arithmetic}"}
+        del model
     release(clock.device)
+
+
+def materialized(decoder, clock):
+    """The whole model of a Decoder, on the device."""
+    with clock("loading"):
+        return decoder.materialize(clock.device)
 
 
 def evaluate_task(run, model, tokenizer, task, clock):
@@ -263,3 +285,19 @@ def task_settings(run):
         "apply_chat_template": run.apply_chat_template,
         "fewshot_as_multiturn": run.fewshot_as_multiturn,
     }
+
+
+def generating(decoder, arithmetic, device):
+    """The same Decoder with the arithmetic that it generates in."""
+    quantized = isinstance(decoder.source, Store)
+    return decoder.source.dequantized().decoder() if quantized and chosen(arithmetic, device) == "dequantized" else decoder
+
+
+def publish(run, measured):
+    """Put what was measured, Markdown or "", into the cards of the folders that the run wrote, and send one to the hub if that is asked."""
+    written = [folder for folder in (run.save, run.export and run.export[1]) if folder]
+    for folder in written if measured else ():
+        add_results(folder, measured)
+    if run.push_to_hub:
+        push(written[0], run.push_to_hub)
+        print(f"{written[0]}: sent to https://huggingface.co/{run.push_to_hub}")

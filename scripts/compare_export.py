@@ -31,7 +31,8 @@ import reference
 
 import quant
 from evaluation.zeroshot import QuantizedLM, leaves, load_tasks, task_manager
-from formats.checkpoint import load, open_checkpoint
+from formats.checkpoint import open_checkpoint
+from formats.whole import load
 from modelutils import load_tokenizer
 from run.flags import Parser, positive, share
 from run.report import table
@@ -129,7 +130,7 @@ def compare_exactly(a, b):
 @torch.no_grad()
 def main(args):
     tasks, tokenizer = load_tasks(args.tasks.split(","), args.data_dir), load_tokenizer(args.loaded)
-    model = load(args.loaded)
+    model = load(args.loaded, arithmetic="integers")
     export = HFLM(pretrained=args.exported, dtype="float32", device="cpu", batch_size=1)
     ours, theirs = answers(QuantizedLM(model, tokenizer), tasks, args.limit), answers(export, tasks, args.limit)
     others = [perturbed(model, tokenizer, tasks, args.limit, seed) for seed in range(args.runs)]

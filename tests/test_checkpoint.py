@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from evaluation.perplexity import perplexity
-from formats.checkpoint import FORMAT, Store, check_packable, load, load_packed_config, open_checkpoint, pack, unpack
+from formats.checkpoint import FORMAT, Store, check_packable, load_packed_config, open_checkpoint
+from formats.codes import pack, unpack
 from formats.export import export
 from formats.shards import new_folder
+from formats.whole import load
 from modelutils import decoder_of
 from quant import IntLinear, QuantLinear
 from recipe import Recipe, UsageError
@@ -128,7 +130,7 @@ def test_round_trip(kind, settings, tmp_path, monkeypatch):
     state, expected = opened.materialize(CPU).state_dict(), model.state_dict()
     assert state.keys() == expected.keys() and all(t.equal(expected[name]) for name, t in state.items())
 
-    loaded = load(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", arithmetic="integers")
     kinds = {type(m) for m in loaded.modules() if isinstance(m, QuantLinear | IntLinear)}
     assert kinds == {IntLinear if chosen.wbits <= 4 and chosen.act_bits <= 8 else QuantLinear}
     ppl, again = (perplexity(d, TEXT, 16, walk_batch=20)["ppl"] for d in (store.decoder(), open_checkpoint(tmp_path / "saved")))
@@ -145,13 +147,13 @@ def test_round_trip(kind, settings, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_in_scale_comes_back(tmp_path):
     model = saved(tmp_path / "saved", tiny_model("opt", "post-norm"), {"smooth": True}).decoder().materialize(CPU)
-    for block, again in zip(decoder_blocks(model), decoder_blocks(load(tmp_path / "saved")), strict=True):
+    for block, again in zip(decoder_blocks(model), decoder_blocks(load(tmp_path / "saved", arithmetic="integers")), strict=True):
         assert again.fc1.in_scale.equal(block.fc1.in_scale) and again.fc1.in_scale.std() > 0 and again.fc2.in_scale is None
 
 
 @pytest.mark.slow
 def test_a_loaded_model_generates(folder):
-    (model, *_), loaded = quantize(tiny_model(), IDS, recipe(smooth=True)), load(folder)
+    (model, *_), loaded = quantize(tiny_model(), IDS, recipe(smooth=True)), load(folder, arithmetic="integers")
     length = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     tokens, ours = (m.generate(IDS, **length) for m in (model, loaded))
     assert tokens.equal(ours) and ours.shape == (4, 28)

@@ -209,7 +209,7 @@ def test_flags_of_tasks_need_tasks(flag):
         ("--load x --seqlen 0", ["--seqlen 0", "at least 2"]),
         ("MODEL --eval ,", ["nothing to evaluate", "--tasks", "--eval", "--save"]),
         ("MODEL --compare_full", ["--compare_full", "full"]),
-        ("MODEL --export gguf x --method rtn --wbits 4", ["--export gguf", "compressed-tensors"]),
+        ("MODEL --export onnx x --method rtn --wbits 4", ["--export onnx", "compressed-tensors"]),
         ("MODEL --save x", ["--save", "full", "nothing to pack"]),
         ("MODEL --method act_only --checkpoint_dir x", ["--checkpoint_dir", "act_only", "nothing to pack"]),
         ("MODEL --method act_only --export compressed-tensors x", ["--export", "act_only", "nothing to pack"]),

@@ -24,6 +24,7 @@ LAUNCHED_WITH = {"opt.sh": opt, "llama.sh": main, "real.sh": main, "ablation.sh"
 NEEDS = {
     r"python (opt|main)\.py (facebook|meta-llama)/": "the hub",
     r"python main\.py MODEL --load": "a GPU",
+    r"python main\.py --load DIR": "a saved folder; tests/test_saving.py loads them",
     r"python opt\.py --load models/opt-125m": "the hub: a model saved from it",
     r"python scripts/(real_model|massive|compare_export|compare_llmcompressor)\.py": "a real model, text and minutes",
     r"bash scripts/(opt|llama|ablation)\.sh|MODELS=|make real": "models, text and hours",

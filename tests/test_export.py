@@ -13,8 +13,10 @@ from test_checkpoint import TYPES, recipe, saved, settings_id
 from transformers import AutoModelForCausalLM
 
 import quant
-from formats.checkpoint import load, open_checkpoint
+from formats import compressed
+from formats.checkpoint import open_checkpoint
 from formats.export import check_export, export
+from formats.whole import load
 from recipe import UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -31,9 +33,8 @@ EXPORTED = [
     (TYPES[3], {"act_pertoken": True, "act_sym": True, "rotate": True, "smooth": True}),
     (TYPES[0], {"act_sym": True, "rotate": True}),
     (TYPES[4], {"wbits": 8}),
-    (TYPES[0], {"wbits": 3, "groupsize": 16}),
-    (TYPES[2], {"wbits": 3, "sym": True, "act_bits": 6}),
-    (TYPES[1], {"wbits": 5}),
+    (TYPES[2], {"sym": True, "act_bits": 6}),
+    (TYPES[0], {"wbits": 2, "groupsize": 16}),
     (TYPES[2], {"method": "gptq", "act_bits": 16, "groupsize": 32}),
 ]
 
@@ -46,7 +47,10 @@ def test_transformers_alone_loads_an_export(kind, settings, tmp_path, monkeypatc
     export(open_checkpoint(tmp_path / "saved").source, tmp_path / "exported", "compressed-tensors", toy_tokenizer())
     weights = [load_file(tmp_path / name / "model-00001-of-00003.safetensors") for name in ("at once", "exported")]
     assert weights[0].keys() == weights[1].keys() and all(t.equal(weights[1][name]) for name, t in weights[0].items())
-    exported, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32), load(tmp_path / "saved")
+    exported, loaded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32),
+        load(tmp_path / "saved", arithmetic="integers"),
+    )
     for ids in (IDS[:1], IDS[1:2, :5]):
         with torch.no_grad():
             logits, fake, ours = (m(ids).logits for m in (exported, model, loaded))
@@ -59,6 +63,52 @@ def test_transformers_alone_loads_an_export(kind, settings, tmp_path, monkeypatc
     with torch.no_grad():
         logits, fake = (m.double()(IDS[:1]).logits for m in (exported, model))
     torch.testing.assert_close(logits, fake, rtol=0, atol=1e-10 * fake.abs().max().item())
+
+
+def unpacked(words, bits, n):
+    """The first n numbers of a row of int32 words, bit by bit, the lowest first."""
+    stream = "".join(format(word % 2**32, "032b")[::-1] for word in words)
+    return [int(stream[i * bits : (i + 1) * bits][::-1], 2) for i in range(n)]
+
+
+@pytest.mark.parametrize(("bits", "sym", "groupsize"), [(bits, bits in (3, 8), -1 if bits % 2 else 16) for bits in range(2, 9)])
+def test_packing_is_dense(bits, sym, groupsize, tmp_path):
+    """The words of a row have no gap, and go on where a code crosses from one to the next; zero points lie along the rows."""
+    store = saved(tmp_path / "saved", tiny_model("opt", "pre-norm"), {"method": "rtn", "wbits": bits, "sym": sym, "groupsize": groupsize})
+    for q, grid in store.codes(0).values():
+        tensors = compressed.packed_linear(q, grid, store.recipe)
+        (R, C), G = q.shape, grid.zero.shape[1]
+        assert tensors["weight_packed"].shape == (R, -(-C * bits // 32)) and tensors["weight_packed"].dtype == torch.int32
+        assert [unpacked(row, bits, C) for row in tensors["weight_packed"].tolist()] == q.tolist()
+        if sym:
+            assert "weight_zero_point" not in tensors and (grid.zero == 2 ** (bits - 1)).all()
+        else:
+            assert tensors["weight_zero_point"].shape == (-(-R * bits // 32), G)
+            assert [unpacked(column, bits, R) for column in tensors["weight_zero_point"].T.tolist()] == grid.zero.T.tolist()
+
+
+SERVE = {"act_pertoken": True, "act_sym": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "vllm", "transformers"),
+    [
+        (TYPES[2], SERVE, "vllm serve DIR --linear-backend humming (warning: without", "0.17.1)"),
+        (TYPES[0], SERVE, "vllm serve DIR --linear-backend humming (warning: without", "import awrq_hf"),
+        (TYPES[2], SERVE | {"wbits": 3, "sym": True}, "silently runs W3A16", "0.18 or newer"),
+        (TYPES[2], SERVE | {"wbits": 3}, "fill no whole words: --sym", "import awrq_hf"),
+        (TYPES[2], SERVE | {"wbits": 8}, "8-bit weights are symmetric there: --sym", "0.17.1)"),
+        (TYPES[2], SERVE | {"act_bits": 6}, "6 bits: --act_bits 8", "0.17.1)"),
+        (TYPES[2], SERVE | {"groupsize": 16}, "--groupsize -1", "0.17.1)"),
+        (TYPES[2], {"act_pertoken": True}, "--act_sym", "0.17.1)"),
+        (TYPES[2], {"act_sym": True, "sym": True}, "--act_pertoken", "0.17.1 or newer"),
+        (TYPES[2], {"method": "gptq", "act_bits": 16}, "vllm serve DIR", "0.17.1)"),
+    ],
+    ids=str,
+)
+def test_who_reads_an_export(kind, settings, vllm, transformers):
+    lines = [str(reader) for reader in compressed.readers(recipe(**settings), tiny_model(*kind).config, "DIR")]
+    assert vllm in lines[0] and transformers in lines[1] and len(lines) == 2, lines
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -80,7 +130,7 @@ def test_activations_are_rounded_as_the_format_does(bits, per_token):
     ("kind", "settings", "parts"),
     [
         (TYPES[0], {"groupsize": 24}, ["--groupsize 24", "fc1"]),
-        (TYPES[0], {"act_pertoken": True}, ["fc1, fc2", "--act_pertoken"]),
+        (TYPES[0], {"act_pertoken": True}, ["fc1, fc2", "--act_sym", "--act_pertoken"]),
         (TYPES[1], {"smooth": True}, ["q_proj", "fc1", "--no-smooth"]),
         (TYPES[0], {"method": "act_only", "wbits": 16}, ["act_only"]),
     ],

@@ -9,11 +9,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (  # a room may import those above it; a folder is a room, but for formats/, whose files lie on several floors
     ("recipe", "families"),
     ("kernels", "datautils", "runtime"),
-    ("quant", "formats.shards", "formats.names"),
-    ("gptq", "smoothquant", "formats.original"),
+    ("quant", "formats.shards", "formats.names", "formats.card", "formats.hub"),
+    ("gptq", "smoothquant", "formats.original", "formats.codes"),
     ("awrq", "modelutils"),
     ("rotate", "formats.checkpoint", "evaluation"),
-    ("formats.resume", "formats.export"),
+    ("formats.resume", "formats.compressed", "formats.llamacpp", "formats.whole"),
+    ("formats.export", "awrq_hf"),
     ("run",),
     ("opt", "main", "bench"),
 )
@@ -23,7 +24,18 @@ FOLDERS = ("kernels", "formats", "run", "evaluation", "bench")
 LIBRARY = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py") if path.stem != "__init__")])
 OTHERS = sorted(path for folder in ("demo", "scripts") for path in ROOT.glob(f"{folder}/**/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
-RUN_ORDER = ("flags", "cli", "calibrate", "quantize", "tune", "report", "checks", "pipeline")  # inside run/: each reads those before it
+RUN_ORDER = (
+    "flags",
+    "settings",
+    "cli",
+    "calibrate",
+    "quantize",
+    "tune",
+    "report",
+    "publish",
+    "checks",
+    "pipeline",
+)  # each reads those before it
 
 
 def name(path):

@@ -14,9 +14,10 @@ from test_checkpoint import TYPES, flip, recipe, saved
 
 import modelutils
 from formats import shards
-from formats.checkpoint import Store, load
+from formats.checkpoint import Store
 from formats.resume import ResumableStore, run_identity
 from formats.shards import sha256 as tensor_sha256
+from formats.whole import load
 from modelutils import decoder_of
 from recipe import UsageError
 from run.quantize import BlockQuantizer, quantize_blocks

@@ -75,6 +75,7 @@ FLAGS = {
     ),
     "--act_pertoken": ((*AWRQ, "--act_pertoken"), ("recipe", "act_pertoken", True), AWRQ),
     "--act_sym": ((*AWRQ, "--act_sym"), ("recipe", "act_sym", True), AWRQ),
+    "--rest_dtype": ((*AWRQ, "--rest_dtype", "bfloat16"), ("recipe", "rest_dtype", "bfloat16"), AWRQ),
     "--rotate": ((*AWRQ, "--rotate"), ("recipe", "rotate", True), AWRQ),
     "--groupsize": (GROUPED, ("recipe", "groupsize", 12), AWRQ),
     "--sym": ((*AWRQ, "--sym"), ("recipe", "sym", True), AWRQ),
@@ -119,6 +120,7 @@ FLAGS = {
 }
 BY_THEMSELVES = {"--table_results", "--skip_missing", "--apply_chat_template", "--fewshot_as_multiturn"}
 BY_THEMSELVES |= {"--save", "--load", "--export", "--checkpoint_dir", "--kernel", "--benchmark", "--benchmark_prefill", "--check"}
+BY_THEMSELVES |= {"--recipe", "--gguf_like", "--push_to_hub", "--arithmetic"}
 
 
 def test_every_flag_has_help_and_a_test():

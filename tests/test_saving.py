@@ -52,7 +52,7 @@ def test_loading_a_damaged_checkpoint(refused, spoilt, damage):
         (("--benchmark", 1), ["--benchmark 1", "2 to 64"]),
         (("--benchmark", 65), ["--benchmark 65", "2 to 64"]),
         (("--benchmark_prefill", 65), ["--benchmark_prefill 65", "1 to 64"]),
-        (("--export", "gguf", "out"), ["--export gguf", "compressed-tensors"]),
+        (("--export", "onnx", "out"), ["--export onnx", "compressed-tensors"]),
     ],
     ids=lambda x: str(x[0]),
 )

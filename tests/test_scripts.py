@@ -170,9 +170,9 @@ def ablation(sweep, tmp_path):
 
 
 def test_every_cell_of_the_ablation_is_a_command_that_its_script_takes(ablation, tmp_path):
-    done, calls = ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w4a16")
+    done, calls = ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w3a8")
     assert done.returncode == 0, done.stderr
-    assert ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w4a16")[1] == [], "all are finished"
+    assert ablation(MODELS=f"{tmp_path}/stories {tmp_path}/repo/demo/opt", SEEDS="0 3", BITS="w4a8 w3a8")[1] == [], "all are finished"
     recipes = {}
     for script, *argv in calls:
         args, recipe = parsed({"opt.py": opt, "main.py": main}[Path(script).name], argv, 512)

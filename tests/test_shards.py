@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats import shards
-from formats.checkpoint import Store, load
+from formats.checkpoint import Store
 from formats.shards import Claim, Tensors, find_weights, new_folder, read_shard, sha256, write_shard
+from formats.whole import load
 from modelutils import decoder_of, open_decoder
 from recipe import Recipe, UsageError
 from run.quantize import quantize_blocks
