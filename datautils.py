@@ -204,11 +204,11 @@ def check_corpora(calib_name, eval_names, data_dir=None):
 
     Raises UsageError or FileNotFoundError.  The text is read later.
     """
-    calib = None if calib_name is None else _identity(*_locate(calib_name, "calib_splits", data_dir))
+    calib = None if calib_name is None else _locate(calib_name, "calib_splits", data_dir)
     for name in eval_names:
-        corpus, split, file = _locate(name, "eval_splits", data_dir)
-        if _identity(corpus, split, file) == calib:
-            raise UsageError(f"calibration on {calib_name} and evaluation on {name} would share {corpus.folder}/{split}; change one")
+        found = _locate(name, "eval_splits", data_dir)
+        if calib and _shared(calib, found):
+            raise UsageError(f"calibration on {calib_name} and evaluation on {name} would share {found[0].folder}/{found[1]}; change one")
 
 
 # ---- where the text is ----
@@ -261,9 +261,21 @@ def _file_names(corpus, split):
     return f"{corpus.folder}/{split}({'|'.join(SUFFIXES)})"
 
 
-def _identity(corpus, split, file):
-    """A key that is equal for two uses of the same text."""
-    return file.resolve() if file else (corpus.folder, split)
+def _shared(one, other):
+    """Whether two uses, (corpus, split, file) each, have text in common; two different slices of a split are taken to have none."""
+    if one[2] or other[2]:
+        return bool(one[2] and other[2]) and one[2].resolve() == other[2].resolve()
+    (path, name, parts), (other_path, other_name, other_parts) = map(_hub_parts, (one, other))
+    same = path == other_path and (name == other_name or None in (name, other_name))
+    pairs = ((part, another) for part in parts for another in other_parts)
+    return same and any(a == b or a[0] == b[0] and not (a[1] and b[1]) for a, b in pairs)
+
+
+def _hub_parts(use):
+    """(data set, configuration or None, [(split, its slice or "")]) of a text of the hub."""
+    corpus, split, _ = use
+    arguments = corpus.hub(split)
+    return arguments["path"], arguments.get("name"), [part.partition("[")[::2] for part in split.split("+")]
 
 
 # ---- reading it ----
@@ -342,7 +354,7 @@ def parse_json(line):
         if "\\ud" in line.lower():  # an escape of JSON's can be half a character, which no tokenizer takes
             json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise UsageError(f"not JSON ({error.msg} at column {error.colno})") from error
+        raise UsageError(f"not JSON ({error.msg} at {f'line {error.lineno}, ' * (error.lineno > 1)}column {error.colno})") from error
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("unicode_escape").decode()
         raise UsageError(f"has {half}, half of a character (a lone surrogate); take it out") from error
@@ -378,8 +390,15 @@ def _read_csv(file, _row, field):
     """A table whose first line has the names of its columns."""
     csv.field_size_limit(2**31 - 1)  # the module's own is 128 KiB, and a document may be longer
     (text,) = read_rows(file, str, whole=True)
-    table = csv.DictReader(io.StringIO(text, newline=""))
-    return _texts([row.get(field) for row in table], table.fieldnames or (), field, file)
+    table, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    try:
+        for row in table:
+            if None in row:
+                raise UsageError(f"{file}, line {table.line_num}: more cells than columns; put text with commas in quotes")
+            rows.append(row.get(field))
+    except csv.Error as error:
+        raise UsageError(f"{file}, line {table.line_num}: not CSV ({error})") from error
+    return _texts(rows, table.fieldnames or (), field, file)
 
 
 def _read_parquet(file, _row, field):

@@ -32,14 +32,21 @@ TOLERANCE = 1e-4  # transformers computes norms in float32, whatever the model's
 
 
 def small(config, blocks):
-    """A configuration with so many blocks, or a few more, so that each kind of attention is there."""
-    config = deepcopy(config)
-    kinds = getattr(config, "layer_types", None) or []
-    first = {kind: kinds.index(kind) for kind in set(kinds)}
-    config.num_hidden_layers = max([blocks, *(at + 1 for at in first.values())])
-    for name in ("layer_types", "no_rope_layers"):  # lists with an entry for each block
-        if entries := getattr(config, name, None):
-            setattr(config, name, entries[: config.num_hidden_layers])
+    """A configuration with few blocks, at least one of each kind, a small vocabulary and MLP, and windows shorter than the check's text."""
+    config, n = deepcopy(config), config.num_hidden_layers
+    lists = {name: entries for name in ("layer_types", "no_rope_layers") if (entries := getattr(config, name, None))}
+    kinds = [tuple(entries[i] for entries in lists.values()) for i in range(n)]
+    kept = sorted({kinds.index(kind) for kind in kinds})
+    kept = sorted([*kept, *[i for i in range(n) if i not in kept][: max(0, blocks - len(kept))]])
+    config.num_hidden_layers = len(kept)
+    for name, entries in lists.items():
+        setattr(config, name, [entries[i] for i in kept])
+    for name, most in (("vocab_size", 512), ("intermediate_size", 256), ("ffn_dim", 256), ("sliding_window", 8)):
+        if (size := getattr(config, name, None)) and size > most:
+            setattr(config, name, most)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(token := getattr(config, name, None), int) and token >= config.vocab_size:
+            setattr(config, name, 0)
     return config
 
 
@@ -48,7 +55,10 @@ def random_model(config, seed=0):
     """A model in float64 whose every fold matters: random norms and biases too."""
     config = deepcopy(config)
     config.dtype = torch.float64
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, trust_remote_code=False).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, trust_remote_code=False).eval()
+    except Exception as e:  # torch and transformers raise whatever a wrong number leads to
+        raise UsageError(f"no model can be made of this config.json ({type(e).__name__}: {' '.join(str(e).split())})") from e
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         scale = 0.3 if p.dim() == 1 else p.shape[-1] ** -0.5
@@ -64,6 +74,15 @@ def logits(decoder, ids, change=lambda block: None):
         change(block)
         sequences.propagate(block, f"block {i}")
     return torch.cat(list(decoder.logits(sequences)))
+
+
+def decoder_for(model):
+    """The Decoder of a model.  Raises UsageError if the row does not say where its blocks are."""
+    blocks = FAMILIES[model.config.model_type].blocks
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if blocks not in lists:
+        raise UsageError(f"the row's blocks are {blocks}, which is no list of blocks; the model has {', '.join(lists)}")
+    return decoder_of(model)
 
 
 def check_names(decoder):
@@ -125,7 +144,7 @@ def checks(model):
 
     model: of random_model.  Raises UsageError if the row names what the model does not have, or has a linear read another's input.
     """
-    decoder = decoder_of(model)
+    decoder = decoder_for(model)
     check_names(decoder)
     ids = torch.randint(3, decoder.config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     check_reads(model, decoder, ids)
@@ -158,7 +177,7 @@ def main(args):
     found = list(checks(model))
     rows = [(what, f"{value:.1e}" if isinstance(value, float) else value) for what, value in found]
     print(table(("changed", "largest difference"), rows))
-    print(f"linears of a block that stay unquantized: {', '.join(check_names(decoder_of(model))) or 'none'}")
+    print(f"linears of a block that stay unquantized: {', '.join(check_names(decoder_for(model))) or 'none'}")
     if wrong := [what for what, value in found if isinstance(value, float) and not value < TOLERANCE]:
         raise UsageError(f"the row of {config.model_type} is wrong: {'; '.join(wrong)}: should change nothing")
 

@@ -17,7 +17,8 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 def check_text(run):
     """Raises UsageError for a demo model on text from the hub: it only knows the words of its own world."""
     place = Path(run.model or run.load).resolve()
-    if place.parent == DEMO and run.data_dir is None and (run.corpora or run.recipe and run.recipe.method != "full"):
+    names = [*run.corpora, *([run.recipe.calib_data] if run.recipe and run.recipe.method != "full" else [])]
+    if place.parent == DEMO and run.data_dir is None and not all(name.startswith("hub:") for name in names):
         text = f"--data_dir {os.path.relpath(DEMO / 'data')} --calib_data world --eval world"
         raise UsageError(f"{place.name} is a demo model, with text of its own: add {text}")
 

@@ -203,9 +203,10 @@ def task_table(runs):
         for label, found in runs.items():
             for metric, value, error in metrics(found["results"].get(task, {})):
                 add(task, found["n-shot"].get(task, ""), metric, label, value=value, error=error)
-    for label, found in runs.items():
-        if values := list(accuracies(found).values()):
-            value, error = average(values)
+    values = {label: accuracies(found) for label, found in runs.items()}
+    if len(set(map(frozenset, values.values()))) == 1:  # where a task failed for one model only, averages would not compare
+        for label in (label for label in runs if values[label]):
+            value, error = average(list(values[label].values()))
             add("average", "", "acc", label, value=value, error=error)
     return table(("task", "shots", "metric", "model", "value", "stderr"), rows)
 

@@ -1,6 +1,7 @@
 # Sourced by the scripts that fill the paper's tables.  They say which `script` and `table` it is, and what `always` goes to it; then
-#   cell NAME FLAGS...    one run for $model: out/TABLE/MODEL/NAME.json.  A finished cell is skipped; a failed one stops no other, but if
-#                         the first of a model ends with status 2, model, text or a flag cannot be had as asked, and the script stops.
+#   cell NAME FLAGS...    one run for $model: out/TABLE/MODEL/NAME.json.  A finished cell is skipped; a failed one stops no other.  But
+#                         if a model has no result yet and ends with status 2, it cannot be had as asked: its other cells are left out, and
+#                         the script stops if no model has one.
 #   finish                prints the table; names the failed cells, exit status 1 if there are any
 # Variables: OUT, MODEL_PREFIX, PYTHON.  `flags`: what the user adds to every run.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
@@ -8,14 +9,20 @@ results=${OUT:-$root/out}
 [[ -x $root/.venv/bin/python ]] && PYTHON=${PYTHON:-$root/.venv/bin/python}  # that of make
 PYTHON=${PYTHON:-python}
 flags=("$@")
-failed="" started="" table_flags=${table_flags-}
+failed="" lost="" table_flags=${table_flags-}
 
 # Whether a result is there, and all that was asked for is in it.
 finished() {
     [[ -e $1 ]] && ! grep -q '"complete": false' "$1"
 }
 
+# Whether there is a result of a model, or of any.
+results_of() {
+    compgen -G "$results/$table/$1/*.json" > /dev/null
+}
+
 cell() {
+    [[ " $lost " != *" $model "* ]] || return 0
     local name=$1 json=$results/$table/${model##*/}/$1.json
     shift
     if finished "$json"; then
@@ -26,11 +33,12 @@ cell() {
     local status=0
     "$PYTHON" "$root/$script" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 $always \
         "$@" ${flags[@]+"${flags[@]}"} --output_path "$json" || status=$?
-    if [[ $status == 2 && $started != "$model" ]]; then
-        echo "$table.sh: stopped: the first run of $model cannot be had as asked" >&2
-        exit 2
+    if [[ $status == 2 ]] && ! results_of "${model##*/}"; then
+        echo "$table.sh: $model cannot be had as asked" >&2
+        results_of '*' || exit 2
+        lost+=" $model" failed+=" $model"
+        return
     fi
-    started=$model
     finished "$json" || failed+=" $model/$name"
 }
 

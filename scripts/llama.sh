@@ -10,11 +10,11 @@
 set -euo pipefail
 
 # StoryCloze is licensed: it is in the table if --data_dir has it.
-data=$(while [[ $# -gt 0 ]]; do [[ $1 == --data_dir ]] && echo "${2-}"; shift; done)
+data=$(while [[ $# -gt 0 ]]; do case $1 in --data_dir) echo "${2-}" ;; --data_dir=*) echo "${1#*=}" ;; esac; shift; done)
 tasks=piqa,arc_easy,arc_challenge,boolq,copa
 if [[ -n $data && -n $(find "$data/storycloze_2018" -name 'validation.jsonl*' 2> /dev/null) ]]; then
     tasks+=,storycloze
-elif [[ " $* " != *" --tasks "* ]]; then
+elif [[ " $* " != *" --tasks"[\ =]* ]]; then
     echo "llama.sh: storycloze is left out: no storycloze_2018/validation.jsonl in --data_dir; docs/tasks.md says how to get it" >&2
 fi
 

@@ -19,6 +19,7 @@ import json
 import re
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +30,7 @@ from runtime import write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 METRICS = ("acc", "acc_norm")
+AROUND = ("chat_template", "system_instruction", "fewshot_as_multiturn")  # of a prompt, where there is anything
 
 
 def read(folders):
@@ -48,6 +50,9 @@ def read(folders):
                 raise UsageError(
                     f"{file}: its schema is {schema}, this script reads {SCHEMA}; results of opt.py and main.py only, of this version"
                 )
+            if not runs[file].get("complete", True):
+                missing = "; ".join(f"{number}: {reason}" for number, reason in runs[file]["failed"].items())
+                warnings.warn(f"{file}: is unfinished{f' ({missing})' if missing else ''}; what is there is in the table", stacklevel=2)
     return runs
 
 
@@ -64,7 +69,7 @@ def column(run):
 
 def corpus_protocol(run, corpus):
     """What must be the same in all runs of a corpus' table, as far as a run has it: {what: value}."""
-    evaluation = dict(run["protocol"]["evaluation"][corpus])
+    evaluation = {"windows": "all"} | run["protocol"]["evaluation"][corpus]
     evaluation[f"n_tokens of {column(run)}"] = evaluation.pop("n_tokens")  # other models may have other tokenizers
     return shared_protocol(run) | {f"evaluation {key}": value for key, value in evaluation.items()}
 
@@ -74,7 +79,11 @@ def tasks_protocol(run, metric):
     found = run["results"]["tasks"]
     used = shared_protocol(run) | {"limit": found["config"]["limit"], "lm_eval": found["lm_eval_version"]}
     for task in accuracies(found, metric):
-        how = run["protocol"]["tasks"][task] | {"version": found["versions"].get(task), "shots": found["n-shot"].get(task)}
+        how = (
+            dict.fromkeys(AROUND)
+            | run["protocol"]["tasks"][task]
+            | {"version": found["versions"].get(task), "shots": found["n-shot"].get(task)}
+        )
         used |= {f"{task} {key}": value for key, value in how.items()}
     return used
 
@@ -157,6 +166,7 @@ def gather(runs, numbers_of, rows, shown):
 def lines_of(runs, used, notes):
     seeds = sorted({run["recipe"]["seed"] for run in runs.values()})
     used = used | {"seeds": ", ".join(map(str, seeds))}
+    used = {key: value for key, value in used.items() if value is not None or not key.endswith(AROUND)}
     return [f"{key}: {value}" for key, value in used.items()] + [f"published values: {note}" for note in notes]
 
 
@@ -164,7 +174,7 @@ def perplexity_table(runs, corpus):
     """The table of one corpus, and the protocol of our runs under it.  runs: those that have the corpus."""
     used = common_protocol(runs, corpus, corpus_protocol)
     models, rows, notes = published({run["model_type"] for run in runs.values()}, corpus, used["evaluation seqlen"])
-    if rows and (part := used.get("evaluation windows")):
+    if rows and (part := used["evaluation windows"]) != "all":
         raise UsageError(f"{next(iter(runs))}: only windows {part} of {corpus}, published values are of all; run it without --eval_windows")
 
     def numbers(run):
@@ -184,6 +194,10 @@ def tasks_table(runs, model, metric):
     used = common_protocol(runs, metric, tasks_protocol)
     rows, notes = published_tasks(model, metric)
     tasks = list(dict.fromkeys(task for run in runs.values() for task in accuracies(run["results"]["tasks"], metric)))
+    special = {key: value for key, value in used.items() if value is not None and (key == "limit" or key.endswith(AROUND))}
+    if rows and special:
+        file, (key, value) = next(iter(runs)), next(iter(special.items()))
+        raise UsageError(f"{file}: {key} is {value}, published values are of whole tasks and bare prompts; run it without")
 
     def percent(values):
         if len(values) > 1:
@@ -193,7 +207,7 @@ def tasks_table(runs, model, metric):
 
     def numbers(run):
         found = accuracies(run["results"]["tasks"], metric)
-        return found | ({"average": average(list(found.values()))} if list(found) == tasks else {})
+        return found | ({"average": average(list(found.values()))} if list(found) == tasks and run.get("complete", True) else {})
 
     return grid(f"{model}, {metric}", [*tasks, "average"], *gather(runs, numbers, rows, percent), lines_of(runs, used, notes))
 
@@ -210,7 +224,9 @@ def compact(run):
         "model": column(run),
         "recipe": {key: value for key, value in run["recipe"].items() if value != DEFAULTS.get(key)},
         "ppl": {corpus: round(found["ppl"], 5) for corpus, found in run["results"]["perplexity"].items()},
-        "acc": round(average(list(found.values()))[0], 5) if (found := accuracies(run["results"]["tasks"])) else None,
+        "acc": round(average(list(found.values()))[0], 5)
+        if run.get("complete", True) and (found := accuracies(run["results"]["tasks"]))
+        else None,
         "seconds": round(sum(run["seconds"].get(activity, 0) for activity in QUANTIZING), 2),
         "device_bytes": run["peak_bytes"]["device"],
         "protocol": {corpus: f"{found['windows']} x {found['seqlen']}" for corpus, found in run["results"]["perplexity"].items()}

@@ -29,7 +29,8 @@ WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(96))]
 CONTEXT = 64
 
 # By model_type: the settings of a model of two blocks, its variants, the linears of a block that read one input, in the order of execution,
-# and those that must keep `in_scale` in a variant, because no weight before them can absorb a smoothing scale.  A new family needs a row.
+# and those that must keep `in_scale` in a variant, because no weight before them can absorb a smoothing scale.
+# Families without a row are in test_families.py.
 QKV, OUT, FC1, FC2 = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.out_proj",),

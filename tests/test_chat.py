@@ -77,6 +77,7 @@ def test_one_of_several_templates_is_the_one_that_is_used(task):
         ({"other": PLAIN, "more": PLAIN}, True, "--apply_chat_template: .*: other, more"),
         ("{% for", True, "--apply_chat_template: the tokenizer's chat template does not work"),
         ("{{ raise_exception('roles') }}", True, "does not work .roles."),
+        ("{{ messages[0].content + 1 }}", True, "does not work"),
     ],
 )
 def test_a_template_that_cannot_work_is_found_before(task, template, name, line):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import CONTEXT, CPU, TINY, WORDS, quantize, token_ids
 from safetensors.torch import load_file, save_file
+from test_checkpoint import saved
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench import family as check
 from families import FAMILIES, GPT_NEOX, LLAMA, OLMO2, PHI3, Group, never, value_rows
+from formats.whole import load
 from modelutils import check_family, decoder_of, open_decoder
 from recipe import PRESETS, Recipe, UsageError
 from runtime import Place
@@ -111,6 +113,8 @@ def residual(row, **changes):
         ("llama", grouped(LLAMA, 0, producer="input_norm"), "groups name input_norm, which the model does not have"),
         ("llama", grouped(LLAMA, 1, linears=("self_attn.out_proj",)), "groups name self_attn.out_proj"),
         ("llama", residual(LLAMA, head="score"), "residual name score"),
+        ("llama", replace(LLAMA, blocks="model.layer"), "blocks are model.layer, which is no list of blocks; the model has model.layers"),
+        ("llama", replace(LLAMA, blocks="model.norm"), "blocks are model.norm"),
         ("llama", replace(LLAMA, groups=LLAMA.groups[::-1]), "not in the order of execution"),
         ("llama", replace(LLAMA, groups=(Group("input_layernorm", ("self_attn.q_proj", "self_attn.o_proj")),)), "reads another input"),
     ],
@@ -127,6 +131,26 @@ def test_the_command(run_script, tmp_path):
     status, out, err = run_script(check, tmp_path, "--blocks", 1)
     assert status == 0 and not err, err
     assert "2 blocks of random weights" in out and "stay unquantized: none" in out, "each kind of attention is there"
+
+
+def test_a_real_configuration_is_made_small_with_a_block_of_each_kind(run_script, tmp_path):
+    kinds = {"no_rope_layers": [1, 1, 1, 0, 1, 1], "num_hidden_layers": 6, "vocab_size": 128_000, "intermediate_size": 11_008}
+    config = check.small(tiny_config("smollm3", kinds | {"sliding_window": 4096, "pad_token_id": 127_999}), 2)
+    assert config.num_hidden_layers == 2 and config.no_rope_layers == [1, 0] and config.sliding_window == 8 < check.TOKENS
+    assert (config.vocab_size, config.intermediate_size, config.pad_token_id) == (512, 256, 0)
+    assert check.small(tiny_config("llama"), 9).num_hidden_layers == 2
+    tiny_config("llama", {"hidden_act": "wow"}).save_pretrained(tmp_path)
+    status, _, err = run_script(check, tmp_path)
+    assert status == 2 and len(err) == 1 and "no model can be made" in err[0], err
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "olmo2"])
+def test_a_saved_model_of_a_new_family_is_loaded(family, tmp_path):
+    model, ids = check.random_model(tiny_config(family, next(iter(VARIANTS.get(family, [{}]))))).float(), token_ids(3, 24)
+    store = saved(tmp_path / "saved", model, {"smooth": True})
+    loaded, quantized = load(tmp_path / "saved", arithmetic="dequantized"), store.decoder().materialize(CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, quantized(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_quantized_is_said():

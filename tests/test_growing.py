@@ -55,6 +55,7 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(run, tmp_path):
     assert found["complete"] is False and set(found["failed"]) == {"late, full", "late, rtn W4A8"}
     for part in ("full", "results"):
         assert set(found[part]["tasks"]["results"]) == {"early", "after"} and found[part]["perplexity"]["own"]["ppl"] > 1
+    assert "| average" in out, "both have the same tasks"
     assert "early, rtn W4A8: acc " in out and "late, full: failed" in out and "| after" in out
 
 

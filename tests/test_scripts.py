@@ -279,11 +279,20 @@ def test_storycloze_is_in_the_table_if_its_rows_are_there(sweep, tmp_path):
     assert all(args[args.index("--tasks") + 1].endswith(",copa,storycloze") for args in calls)
 
 
-def test_a_model_that_cannot_be_had_stops_the_script_at_its_first_cell(sweep):
-    done, calls = sweep(MODELS="a b", fail="/a/", STATUS="2")
-    assert done.returncode == 2 and len(calls) == 1 and "the first run of a cannot be had" in done.stderr
-    done, calls = sweep(MODELS="a b", fail="a/rtn-w4a8", STATUS="2")
-    assert done.returncode == 1 and len(calls) == 2 * len(CELLS), "a later cell may be wrong by itself"
+def test_a_model_that_cannot_be_had(sweep):
+    done, calls = sweep(MODELS="a b", fail="/a/", STATUS="2", OUT="first")
+    assert done.returncode == 2 and len(calls) == 1 and "a cannot be had as asked" in done.stderr, "nothing can be had"
+    done, calls = sweep(MODELS="a b c", fail="/b/", STATUS="2", OUT="second")
+    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith("the table of"), done.stderr
+    assert len(calls) == 2 * len(CELLS) + 1 and done.stderr.splitlines()[-1] == "opt.sh: failed: b", "its other cells are left out"
+
+
+def test_a_cell_that_is_wrong_by_itself_stops_no_later_sweep(sweep):
+    wrong = {"MODELS": "a b", "fail": "a/rtn-w4a8", "STATUS": "2"}
+    done, calls = sweep(**wrong)
+    assert done.returncode == 1 and len(calls) == 2 * len(CELLS)
+    done, calls = sweep(**wrong)
+    assert done.returncode == 1 and len(calls) == 1 and "the table of" in done.stdout, "as the first that runs of its model"
 
 
 def test_the_table_is_printed_at_the_end_and_unfinished_cells_run_again(sweep, tmp_path):
@@ -473,6 +482,22 @@ def test_protocols_of_tasks_are_not_mixed(task_results, tmp_path, monkeypatch, c
     task_results("b.json", "llama-7b", {"piqa": (0.6, 0.6)}, edit, method="rtn", wbits=4, act_bits=8)
     err = fails([tmp_path / "opt"], monkeypatch, capsys)
     assert "b.json" in err and all(part in err for part in parts), err
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_windows_of_one_run_only_are_another_protocol(results, tmp_path, monkeypatch, capsys, first):
+    def part(run):
+        run["protocol"]["evaluation"]["own"]["windows"] = "0 to 3"
+
+    results("a.json", "mine", {"own": 20.0}, edit=part if first else lambda run: None)
+    results("b.json", "mine", {"own": 21.0}, method="rtn", wbits=4, act_bits=8, edit=lambda run: None if first else part(run))
+    assert "windows" in fails([tmp_path / "opt"], monkeypatch, capsys)
+
+
+def test_an_unfinished_run_is_named(results, tmp_path, capsys):
+    results("a.json", "mine", {"own": 20.0}, edit=lambda run: run.update(complete=False, failed={"piqa, full": "LookupError: gone"}))
+    with pytest.warns(UserWarning, match="a.json: is unfinished .piqa, full: LookupError: gone."):
+        table.main(table.parser().parse_args([str(tmp_path / "opt")]))
 
 
 def test_seeds_share_a_cell(results, tmp_path, monkeypatch, capsys):

@@ -67,6 +67,9 @@ def test_json_may_be_an_array_of_texts_or_json_lines(tmp_path):
         ("test.csv", b"url,text\nu\n", ["row 1", "None"]),
         ("test.csv", b"", ["no column 'text'"]),
         ("test.csv", "text\ncafé".encode("latin-1"), ["not UTF-8"]),
+        ("test.csv", b'text\n"a, b"\nunquoted, here is lost\n', ["line 3", "more cells than columns"]),
+        ("test.csv", b'text\n"an open quote\nswallows\nthe rest\n', ["not CSV"]),
+        ("test.json", b'[\n"a",\n', ["not JSON", "line 3"]),
         ("test.parquet", b"PAR1 no more", ["not a Parquet file"]),
     ],
 )
@@ -127,6 +130,15 @@ def test_a_split_of_the_hub_is_not_both(hub):
     with fails(UsageError, "hub:me/data:train", "share"):
         datautils.check_corpora("hub:me/data:train", ["hub:me/data:train"])
     datautils.check_corpora("hub:me/data:en:train", ["hub:me/data:de:train"])
+    datautils.check_corpora("hub:me/data:train[:80%]", ["hub:me/data:train[80%:]"])
+    for one, other in (
+        ("hub:me/data:train[:10%]", "hub:me/data:train"),
+        ("hub:me/data:train+test", "hub:me/data:test"),
+        ("hub:Salesforce/wikitext:wikitext-2-raw-v1:test", "wikitext2"),
+        ("hub:allenai/c4:en:validation", "c4"),
+    ):
+        with fails(UsageError, one, other, "share"):
+            datautils.check_corpora(one, [other])
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:data:train", "hub:me/data", "hub:me/data:a:b:c", "hub:me/data:"])

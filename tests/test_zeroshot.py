@@ -482,6 +482,12 @@ def test_the_table():
     assert lines[-2:] == [["average", "", "acc", "full", "0.5000", "0.0250"], ["average", "", "acc", "awrq W4A8", "0.3750", "0.0250"]]
 
 
+def test_averages_of_other_tasks_are_not_set_beside_each_other():
+    whole = made_up(0.5, 0.25)
+    lost = whole | {"results": {"copa": whole["results"]["copa"]}}
+    assert "average" in task_table({"full": whole}) and "average" not in task_table({"full": whole, "awrq W4A8": lost})
+
+
 def test_a_metric_after_several_filters_is_told_apart():
     found = {"results": {"sums": {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}}, "n-shot": {}}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in task_table({"full": found}).splitlines()[2:]]
