@@ -55,7 +55,7 @@ def bind(path):
 
 @functools.cache
 def library(device):
-    """The library for a GPU, built on first use.  Raises BuildError if it cannot be built or does not run there."""
+    """The library for a GPU, built on first use and made ready there.  Raises BuildError if it cannot be built or does not run there."""
     path = build("{}{}".format(*torch.cuda.get_device_capability(device)))
     found = bind(path)
     with torch.cuda.device(device):

@@ -14,7 +14,7 @@ struct Problem {
   int type, M, N, Np, Kp;
   int splits;         // blocks that share the columns of one tile
   uint32_t* slabs;    // what they computed: [tiles,splits,values of a tile]
-  uint32_t* tickets;  // [tiles]: how many of them are done
+  uint32_t* tickets;  // [tiles]: how many of them are done; 0 again when all are, so the product can run again on the same codes
 };
 
 // The blocks of columns that part i of `parts` works on: whole groups of `per_group` of them, so that no group's sum is divided.
@@ -49,13 +49,10 @@ DEVICE bool gather(uint32_t (&values)[COUNT], const Problem& p, int tile, int sp
   uint32_t* slab = slabs + static_cast<size_t>(split) * COUNT * THREADS;
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) slab[i * THREADS] = values[i];
-  __threadfence();  // the slab is visible before the ticket is
-  __syncthreads();
-  if (threadIdx.x == 0) *shared_word = atomicAdd(p.tickets + tile, 1u);
+  __syncthreads();  // the whole block has written its slab
+  if (threadIdx.x == 0) *shared_word = take_ticket(p.tickets + tile, p.splits);
   __syncthreads();
   if (*shared_word != static_cast<uint32_t>(p.splits - 1)) return false;
-  if (threadIdx.x == 0) p.tickets[tile] = 0;  // so the product can run again on the same codes
-  __threadfence();
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) values[i] = 0;
   for (int s = 0; s < p.splits; ++s, slabs += COUNT * THREADS) {

@@ -174,12 +174,31 @@ static int multiply(const Call& c, const Plan& p, const Problem& problem, const 
   }
 }
 
+// The first error of making kernels ready, or 0.
+template <class... Kernels>
+static int all_ready(bool most_shared, Kernels... kernels) {
+  int first = 0;
+  for (int code : {make_ready(kernels, most_shared)...}) first = first ? first : code;
+  return first;
+}
+
+template <bool G>
+static int products_ready() {  // codes that decoding blocks share come from L1
+  int error = all_ready(false, decode_kernel<Decode<8, true, G>>, decode_kernel<Decode<16, true, G>>, decode_kernel<Decode<8, false, G>>,
+                        decode_kernel<Decode<16, false, G>>);
+  return error ? error : all_ready(true, tile_kernel<Tile16<G>>, tile_kernel<Tile32<G>>, tile_kernel<Tile64<G>>, tile_kernel<Tile128<G>>,
+                                   tile_kernel<Tile256<false>>);
+}
+
 extern "C" {
 
 int awrq_call_bytes() { return sizeof(Call); }
 
-// 0 if the kernels can run on the current device, or what awrq_error explains.
-int awrq_ready() { return can_run(range_kernel<half_t>); }
+// Makes the kernels ready on the current device, once, before any call there: 0, or what awrq_error explains.
+int awrq_ready() {
+  if (int error = products_ready<false>()) return error;
+  return products_ready<true>();
+}
 
 // What a code of awrq_workspace or awrq_linear means: < 0 refused, > 0 an error of CUDA.
 const char* awrq_error(int code) {
