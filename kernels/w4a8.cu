@@ -31,8 +31,8 @@ enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x1
 //                               BN   BM   WN  WM  stages
 template <bool G> using Tile16 = Tile<128, 16, 32, 16, 6, G>;
 template <bool G> using Tile32 = Tile<128, 32, 32, 32, 5, G>;
-template <bool G> using Tile64 = Tile<128, 64, 32, 64, 4, G>;
-template <bool G> using Tile128 = Tile<128, 128, 64, 32, 4, G>;
+template <bool G> using Tile64 = Tile<128, 64, 64, 32, 4, G>;
+template <bool G> using Tile128 = Tile<128, 128, 64, G ? 32 : 64, 4, G>;  // groups have sums of their own, twice the registers
 template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 
 constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
