@@ -25,9 +25,9 @@ struct Decode {
 template <class D, class T>
 DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, M = a.B * a.T;
-  bool aligned = a.K % 8 == 0;
+  Batch<T> batch;
   for (int m = 0; m < M; ++m) {
-    Range r = warp_range(thread_range(static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K, a.K, aligned, threadIdx.x, D::THREADS));
+    Range r = warp_range(thread_range(batch, static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K, a.K));
     if (lane == 0) ranges[(m * D::WARPS + warp) * 2] = ordered(r.lo), ranges[(m * D::WARPS + warp) * 2 + 1] = ordered(r.hi);
   }
   __syncthreads();
@@ -35,12 +35,18 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
     int first = m, last = m + 1;  // rows that share the range of row m
     if (!a.per_token) first = m / a.T * a.T, last = first + counted_rows(a, m / a.T);
     int lo = 0, hi = 0;  // ordered(0)
-    for (int i = first * D::WARPS; i < last * D::WARPS; ++i) lo = min(lo, ranges[2 * i]), hi = max(hi, ranges[2 * i + 1]);
-    Grid grid({unordered(lo), unordered(hi)}, a);
+    for (int i = first * D::WARPS + lane; i < last * D::WARPS; i += 32) lo = min(lo, ranges[2 * i]), hi = max(hi, ranges[2 * i + 1]);
+    Grid grid({unordered(warp_min(lo)), unordered(warp_max(hi))}, a);
     if (threadIdx.x == 0) out.scale[m] = grid.scale, out.zero[m] = grid.zero_code(a.levels);
     const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K;
-    for (int i = 8 * threadIdx.x; i < a.Kp; i += 8 * D::THREADS)
-      *reinterpret_cast<uint2*>(out.codes + m * D::code_pitch(a.Kp) + i) = codes8(x, i, a.K, aligned, grid, a.levels);
+    for (int begin = 0; begin < a.Kp; begin += Batch<T>::columns()) {
+      if (M > 1 || Batch<T>::columns() < a.K) batch.load(x, begin, a.K);  // else it is still there
+      #pragma unroll
+      for (int b = 0; b < Batch<T>::COUNT; ++b) {
+        int i = Batch<T>::column(begin, b);
+        if (i < a.Kp) *reinterpret_cast<uint2*>(out.codes + m * D::code_pitch(a.Kp) + i) = codes8(batch.eights[b], x, i, a.K, grid, a.levels);
+      }
+    }
   }
   __syncthreads();
   int groups = (a.K + out.groupsize - 1) / out.groupsize;

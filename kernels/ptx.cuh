@@ -57,6 +57,9 @@ DEVICE int warp_min(int v) { return __reduce_min_sync(0xffffffffu, v); }
 DEVICE int warp_max(int v) { return __reduce_max_sync(0xffffffffu, v); }
 DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // of each, a's in the lowest byte
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
 DEVICE uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) { return __dp4a(a, b, c); }
 
 // The larger one, NaN if one is NaN (fmaxf drops it).

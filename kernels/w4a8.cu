@@ -1,5 +1,7 @@
 // The C interface: one call quantizes x and multiplies it, or does one of both, on the caller's stream, in memory that the
 // caller owns.  It neither allocates nor waits, so a CUDA graph can capture it.  Called by cuda.py through ctypes.
+#include <algorithm>
+
 #include "decode.cuh"
 
 struct Call {  // the same fields in the same order as Call in cuda.py
@@ -37,6 +39,7 @@ template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 
 constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
+constexpr int kFewRows = 256;      // of x: fewer blocks would leave multiprocessors idle
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -141,13 +144,20 @@ static int check_pointers(const Call& c, const Plan& p) {
 
 template <class T>
 static int quantize(const Call& c, const Plan& p, const Activations& a, const Codes& codes, float2* ranges, uint32_t* tickets) {
-  constexpr int kMemory = kQuantizeThreads / 32 * 2 * 4;
+  // With few rows a block is as wide as a row needs, and several share a row whose range is known.
+  bool few = p.M <= kFewRows;
+  int parts = p.range_parts && few ? std::max(1, std::min(kFewRows / p.M, p.Kp / (8 * kQuantizeThreads))) : 1;
+  int width = padded((p.Kp + parts - 1) / parts, 64);
+  parts = (p.Kp + width - 1) / width;
+  auto threads = [&](int columns) { return few ? std::min(kWideThreads, padded((columns + 7) / 8, 32)) : kQuantizeThreads; };
+  auto memory = [&](int columns) { return threads(columns) / 32 * 2 * 4; };
   if (p.range_parts) {
-    int error = launch(range_kernel<T>, c.B * p.range_parts, 1, kQuantizeThreads, kMemory, c.stream, a, ranges, p.range_parts, p.range_rows);
+    int error = launch(range_kernel<T>, c.B * p.range_parts, 1, threads(p.Kp), memory(p.Kp), c.stream, a, ranges, p.range_parts, p.range_rows,
+                       codes.sums, parts > 1 ? p.groups * p.Mp : 0);
     if (error) return error;
   }
-  return launch(quantize_kernel<T>, p.M, 1, kQuantizeThreads, p.groups * 4 + kMemory, c.stream, a, static_cast<const float2*>(ranges),
-                p.range_parts, codes, tickets, c.splits > 1 ? p.tiles : 0);
+  return launch(quantize_kernel<T>, p.M, parts, threads(width), p.groups * 4 + memory(width), c.stream, a, static_cast<const float2*>(ranges),
+                p.range_parts, width, codes, tickets, c.splits > 1 ? p.tiles : 0);
 }
 
 template <class Tl>

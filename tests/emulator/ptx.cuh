@@ -210,6 +210,7 @@ inline int warp_min(int v) { return warp_reduce("min", v, min); }
 inline int warp_max(int v) { return warp_reduce("max", v, max); }
 inline int warp_sum(int v) { return warp_reduce("sum", v, [](int a, int b) { return a + b; }); }
 inline int shuffle_xor(int v, int mask) { return emulator::together("shuffle", {static_cast<uint32_t>(v)})[threadIdx.x % 32 ^ mask][0]; }
+inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
 inline uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 4; ++i) c += emulator::byte(a, i) * emulator::byte(b, i);
   return c;
