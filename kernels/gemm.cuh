@@ -101,6 +101,7 @@ struct Tile {
 struct GroupCounter {
   int per_group, slots, group, left, slot = 0;
   DEVICE GroupCounter(int per_group, int begin, int slots) : per_group(per_group), slots(slots), group(begin / per_group), left(per_group) {}
+  DEVICE bool starts() const { return left == per_group; }
   DEVICE bool ends(bool last_column) const { return left == 1 || last_column; }
   DEVICE void advance() {
     if (--left == 0) ++group, left = per_group, slot = slot == slots - 1 ? 0 : slot + 1;

@@ -1,4 +1,4 @@
-// codes[M,Kp] = quant(x[M,K]): u8, min-max, the range includes 0 or is symmetric about it; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
+// codes = quant(x[M,K]): u8, min-max, the range includes 0 or is symmetric about it; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
 // The same arithmetic as act_codes in __init__.py, operation by operation.
 #pragma once
 #include "ptx.cuh"
@@ -15,12 +15,19 @@ struct Activations {
 };
 
 struct Codes {
-  uint8_t* codes;  // [M,Kp]
+  uint8_t* codes;  // [M,Kp]; or, for the decoding kernels, [Kp/32,M,32], see fragment
   float* scale;    // [M]
   int* zero;       // [M]
   int* sums;       // [G,pitch]: sum of the codes of each group of columns
   int pitch, groupsize;
+  bool fragments;  // which of the two
 };
+
+// Where columns k to k + 3 of row m are in [Kp/32,M,32]: of 32 columns, 4 t to 4 t + 3 and 16 + 4 t to 16 + 4 t + 3 stand together, which is the
+// B operand of lane (m % 8, t).  A warp reads those of eight rows as 256 bytes in a row.  k % 4 == 0.
+DEVICE uint32_t* fragment(uint8_t* codes, int M, int m, int k) {
+  return reinterpret_cast<uint32_t*>(codes + (static_cast<size_t>(k / 32) * M + m) * 32 + k % 16 * 2 + k % 32 / 16 * 4);
+}
 
 constexpr int kQuantizeThreads = 256, kWideThreads = 1024;  // of a block; the latter where there are few rows
 
@@ -97,9 +104,9 @@ DEVICE Range widened(Range r, const Eight<T>& x) {
 DEVICE Range widened(Range a, Range b) { return {fminf(a.lo, b.lo), max_or_nan(a.hi, b.hi)}; }
 
 // What a thread loads before it looks at any of it: so many eights, 8 * blockDim.x columns apart.
-template <class T>
+template <class T, int WORDS = 16>
 struct Batch {
-  static constexpr int COUNT = sizeof(T) == 4 ? 2 : 4;
+  static constexpr int COUNT = WORDS / static_cast<int>(2 * sizeof(T));  // WORDS registers
   Eight<T> eights[COUNT];
   DEVICE static int columns() { return 8 * blockDim.x * COUNT; }  // of all threads
   DEVICE static int column(int first, int i) { return first + 8 * (threadIdx.x + i * blockDim.x); }
@@ -115,10 +122,10 @@ struct Batch {
 };
 
 // The range of x[0..end), as this thread sees it; the batch is left with the last columns.
-template <class T>
-DEVICE Range thread_range(Batch<T>& batch, const T* x, int end) {
+template <class T, int WORDS>
+DEVICE Range thread_range(Batch<T, WORDS>& batch, const T* x, int end) {
   Range r;
-  for (int first = 0; first < end; first += Batch<T>::columns()) {
+  for (int first = 0; first < end; first += batch.columns()) {
     batch.load(x, first, end);
     r = batch.widen(r);
   }
@@ -144,6 +151,11 @@ DEVICE uint2 codes8(const Eight<T>& eight, const T* x, int i, int K, const Grid&
   uint64_t keep = i + 8 <= K ? ~0ull : i < K ? ~0ull >> (8 * (i + 8 - K)) : 0;
   return make_uint2(low_bytes(c[0], c[1], c[2], c[3]) & static_cast<uint32_t>(keep),
                     low_bytes(c[4], c[5], c[6], c[7]) & static_cast<uint32_t>(keep >> 32));
+}
+
+DEVICE void store_fragments(uint8_t* codes, int M, int m, int k, uint2 w) {  // columns k to k + 7
+  uint32_t* to = fragment(codes, M, m, k);
+  to[0] = w.x, to[2] = w.y;
 }
 
 DEVICE int sum8(uint2 w) { return static_cast<int>(dot4(w.x, 0x01010101u, dot4(w.y, 0x01010101u, 0u))); }
@@ -219,7 +231,8 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
       int i = Batch<T>::column(first, b), sum = 0;
       if (i < end) {
         uint2 w = codes8(batch.eights[b], x, i, a.K, grid, a.levels);
-        *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(row) * a.Kp + i) = w;
+        if (out.fragments) store_fragments(out.codes, gridDim.x, row, i, w);
+        else *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(row) * a.Kp + i) = w;
         sum = sum8(w);
       }
       if (groups == 1) {

@@ -235,7 +235,7 @@ int awrq_linear(const Call* call) {
   uint8_t* memory = static_cast<uint8_t*>(c.workspace);
   Activations a{c.x, c.lengths, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token, c.sym};
   Codes codes{memory + p.codes, reinterpret_cast<float*>(memory + p.x_scale), reinterpret_cast<int*>(memory + p.x_zero),
-              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize};
+              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize, p.decode};
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
   Problem problem{static_cast<const uint4*>(c.weight), c.scale, c.zero, c.colsum, c.bias, codes, c.y, c.type, p.M, c.N, p.Np, p.Kp,
                   c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};
