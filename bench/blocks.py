@@ -18,6 +18,7 @@ import kernels
 from bench import shapes
 from bench.timing import best_time, both_ways, during, reason
 from bench.tune import random_weight
+from quant import put_together
 from runtime import release
 
 PREFILL, CONTEXT, BATCH = (512, 1024, 2048, 4096, 8192), (1024, 2048), (1, 2, 4, 8, 16, 32, 64)
@@ -45,20 +46,6 @@ class IntegerLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-class Part(nn.Module):
-    """One of several linears that were made one: the first computes all, the others only take their rows of that."""
-
-    def __init__(self, index, rows, results, whole=None):
-        super().__init__()
-        self.index, self.rows, self.results, self.whole = index, rows, results, whole
-
-    def forward(self, x):
-        if self.whole is not None:
-            self.results[:] = self.whole(x).split(self.rows, -1)
-        y, self.results[self.index] = self.results[self.index], None
-        return y
-
-
 def fuse(block):
     """Make those linears of a block one that read the same input.  The block computes what it did."""
     for names in TOGETHER:
@@ -71,9 +58,7 @@ def fuse(block):
         if first.bias is not None:
             whole.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
         whole.out_features, whole.in_features = whole.weight.shape
-        rows, results = [len(linear.weight) for linear in linears], [None] * len(linears)
-        for i, name in enumerate(names):
-            block.set_submodule(name, Part(i, rows, results, None if i else whole))
+        put_together(block, names, whole, [len(linear.weight) for linear in linears])
 
 
 def quantize(block):

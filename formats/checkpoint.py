@@ -26,7 +26,7 @@ from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
-from quant import Grid, IntLinear, from_int, replace_linears
+from quant import Grid, IntLinear, from_int, put_together, replace_linears
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
 from smoothquant import fold_group
@@ -257,8 +257,13 @@ class Store:
         for name, linear in linears.items():
             linear.in_scale = in_scales[name]
             linear.freeze(recipe.acts)
-            if self.kernel and computes_integers(recipe):
-                block.set_submodule(name, IntLinear(linear, *codes[name], self.kernel))
+        if self.kernel and computes_integers(recipe):
+            for group in self.original.family.groups:
+                names = [name for name in group.linears if name in linears]
+                if names:
+                    parts = [codes[name] for name in names]
+                    whole = IntLinear([linears[name] for name in names], parts, self.kernel)
+                    put_together(block, names, whole, [len(q) for q, _ in parts])
         return block
 
     def _smoothed(self, block, tensors, batch):

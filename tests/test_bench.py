@@ -19,6 +19,7 @@ from transformers.utils import import_utils
 import kernels
 from bench import blocks, contenders, linears, quantizing, shapes, tune
 from kernels import build, cuda
+from quant import Part
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -190,8 +191,8 @@ def test_fused_linears_compute_the_same(name):
     wanted = model(ids).logits
     blocks.fuse(blocks.layers_of(model)[0])
     torch.testing.assert_close(model(ids).logits, wanted)
-    fused = [m for m in model.modules() if isinstance(m, blocks.Part)]
-    assert len(fused) == (5 if name == "tiny-llama" else 3) and all(r is None for part in fused for r in part.results)
+    fused = [m for m in model.modules() if isinstance(m, Part)]
+    assert len(fused) == (5 if name == "tiny-llama" else 3) and all(part.together.x is None for part in fused)
 
 
 @pytest.mark.parametrize("name", shapes.TINY)
