@@ -128,6 +128,7 @@ def start(device, kind):
         "note": None if device.type == "cuda" else CPU_NOTE,
         "finished": False,
         "about": about(device),
+        "kernels": cuda.chosen_by(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
         "protocol": {
             "weights": "random; copies of more than four times the L2 cache in turn",
             "times": "microseconds per call: median, 20th and 80th percentile of rounds",

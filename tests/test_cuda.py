@@ -368,7 +368,9 @@ def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, set
     """From the file to the perplexity through all that runs on a GPU, but that an emulator runs the kernels."""
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
-    assert set(stand_in) == {"decode_fused", "128x64"}
+    assert set(stand_in) == {"decode_fused", "128x32", "128x64"}
+    passes, blocks, groups = 4, 4, 4  # two texts, a prompt and a step; q/k/v and gate/up are one product each
+    assert len(stand_in) == passes * blocks * groups
 
 
 def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
@@ -424,9 +426,26 @@ def test_measured_cells_come_first(emulated, monkeypatch):
         assert cuda.choose(emulated, *other) == cuda.choose(emulated, "unknown", *other[1:])
 
 
-def test_tuning_table_says_what_was_measured():
+def test_default_rules_keep_all_processors_busy(emulated):
+    """One tile each where there are as many; splits where there are few; small tiles where large ones would leave the last wave empty."""
+    for shape, wanted in (
+        ((64, 13824, 5120), ("128x64", 1)),  # 108 tiles
+        ((64, 5120, 13824), ("128x64", 5)),  # 40
+        ((256, 13824, 5120), ("128x128", 1)),  # 216, two on each
+        ((512, 5120, 5120), ("128x64", 1)),  # 320 small ones; of 160 large ones some processors would have two
+        ((17, 13824, 5120), ("128x32", 1)),
+        ((16, 5120, 5120), ("decode", 1)),
+    ):
+        assert cuda.choose(emulated, "some GPU", 108, *shape, shape[2]) == wanted, shape
+
+
+def test_tuning_table_says_what_was_measured(monkeypatch):
     tables = cuda.tables()
     assert tables["default"]["measured"] is False and "Not measured" in tables["default"]["note"]
+    monkeypatch.setattr(cuda, "tables", lambda: tables | {"GPU": {"measured": True}})
+    assert cuda.chosen_by("GPU") == {"table": "GPU", "measured": True}
+    assert cuda.chosen_by("other") == {"table": "default", "measured": False}
+    monkeypatch.undo()
     for name, table in tables.items():
         for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
             assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name
