@@ -81,9 +81,10 @@ def read_code(arch):
             warps = n // warp_n * (m // warp_m)
             shared_bytes = max(stages * (n * 32 + m * 64), warp_m * (n + 4) * 4)
             (loop,) = kernel.loops("IMMA")
+            steps = sum(i.name == "IMMA" for i in loop) / (warp_n * warp_m / 64)  # nvcc may have unrolled it
             fit = machine_code.blocks_that_fit(kernel.registers, 32 * warps, shared_bytes)
             found = [machine_code.replay(loop, warps, blocks, arch) for blocks in range(1, fit + 1)]
-            cycles[f"{n}x{m}"], shares[f"{n}x{m}"] = [replayed.cycles for replayed in found], found[-1].tensor
+            cycles[f"{n}x{m}"], shares[f"{n}x{m}"] = [replayed.cycles / steps for replayed in found], found[-1].tensor
     return Code(cuda.bind(library), cycles, shares, decoders)
 
 
@@ -109,18 +110,29 @@ def in_l2(gpu, size):
     return size < 0.6 * gpu.l2_bytes
 
 
-CHAIN, RATE = 145, 4  # of the quantizer: cycles of an element, one behind another; elements a cycle that a multiprocessor takes
+# Of the quantizer: cycles of eight elements of one thread, one behind another; elements a cycle that a multiprocessor takes, to find their
+# range, and their codes; cycles around all that.
+CHAIN, RANGE_RATE, RATE, AROUND = 200, 24, 8, 900
 
 
 def quantizer_us(gpu, M, K):
     """Both passes over x, one sequence of M tokens; one where it is a single token."""
-    rounds, size = math.ceil(K / 2048), 2 * M * K
+    size, few = 2 * M * K, M <= 256
     read = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
-    load = gpu.l2_cycles + 60
-    ranges = gpu.gap + max(gpu.us(math.ceil(M / 1024) * rounds * load + 700), read + 1) if M > 1 else 0
-    row = gpu.us(rounds * (8 * CHAIN + gpu.l2_cycles) + 900 + (rounds * load if M == 1 else 0))
-    rate = M * K / (gpu.processors * RATE * gpu.ghz * 1e3) + gpu.us(900)
-    return ranges + gpu.gap + max(row, rate, read + M * K / gpu.bandwidth + 1)
+    parts = max(1, min(256 // M, K // 2048)) if few and M > 1 else 1
+    width = K / parts
+
+    def row(columns, rate):
+        """A block's cycles for so many columns of a row: batches of loads, then what its threads do, side by side and one by one."""
+        threads = min(1024, math.ceil(columns / 8)) if few else 256
+        eights = math.ceil(columns / (8 * threads))
+        return math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, columns / rate)
+
+    rows = math.ceil(M / 1024)
+    ranges = gpu.gap + max(gpu.us(rows * row(K, RANGE_RATE) + 700), read + 1) if M > 1 else 0
+    alone = gpu.us(row(width, RATE) + AROUND + (K / RANGE_RATE if M == 1 else 0))
+    together = M * K / (gpu.processors * RATE * gpu.ghz * 1e3) + gpu.us(AROUND)
+    return ranges + gpu.gap + max(alone, together, read + M * K / gpu.bandwidth + 1)
 
 
 @functools.cache
@@ -149,9 +161,7 @@ def shared_bandwidth_us(gpu, blocks, slots, block_bytes, quantized, round_us, en
 
 def decode_us(gpu, code, M, N, K, config, splits):
     most, fused = 8 if M <= 8 else 16, config == "decode_fused"
-    rounds, quantized = math.ceil(K / 2048), 0
-    if fused:
-        quantized = gpu.us(M * rounds * (2 * gpu.l2_cycles + 60 + 8 * CHAIN) + 800)
+    quantized = gpu.us(M * (math.ceil(K / 8192) * gpu.l2_cycles + math.ceil(K / 2048) * CHAIN) + AROUND) if fused else 0
     slots = code.decoders[most, fused] * gpu.processors
     round_us = gpu.us(gpu.memory_cycles + (430 if most == 8 else 650))
     end = gpu.us(500 + 2200 * (splits > 1))
