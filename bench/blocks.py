@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 import kernels
 from bench import shapes
-from bench.timing import best_time, both_ways, during, reason
+from bench.timing import best_time, both_ways, reason, watched
 from bench.tune import random_weight
 from quant import put_together
 from runtime import release
@@ -218,17 +218,19 @@ def bench_blocks(models, cells, most, device, report, save):
     """Fill in a report: prefill of one prompt and decoding of batches, each model in FP16 and W4A8.  cells: of wanted."""
     report["models"] = []
     for name in models:
-        n, positions = fitting(name, device, most), max(tokens for _, _, tokens in cells)
+        n, positions, seen = fitting(name, device, most), max(tokens for _, _, tokens in cells), {}
         for contender in CONTENDERS:
             model = build(name, n, contender, device, positions)
-            for phase, b, tokens in cells:
-                where = {"model": name, "phase": phase, "batch": b, "tokens": tokens, "contender": contender}
-                report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
-                print(line(report["cells"][-1]), flush=True)
-                save()
+            with watched(device) as seen[contender]:
+                for phase, b, tokens in cells:
+                    where = {"model": name, "phase": phase, "batch": b, "tokens": tokens, "contender": contender}
+                    report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
+                    print(line(report["cells"][-1]), flush=True)
+                    save()
+            attention = model.config._attn_implementation
             del model
             release(device)  # what is free decides how many blocks the next one has
-        report["models"].append({"name": name, "blocks": n, "of": shapes.model(name).blocks, "clocks": during(device)})
+        report["models"].append({"name": name, "blocks": n, "of": shapes.model(name).blocks, "attention": attention, "clocks": seen})
         save()
 
 
