@@ -219,20 +219,25 @@ def replace_linears(block, names, batch):
 
 
 class IntLinear(nn.Module):
-    """A quantized linear layer computed in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
+    """Quantized linears that read the same input as one, in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
 
-    Made from a frozen QuantLinear and the codes q (R, C) uint8 and Grid of its weight, of at most 4 bits.
+    Made from frozen QuantLinears and, of each, the codes q (R, C) uint8 and the Grid of its weight, of at most 4 bits; y has all rows.
     """
 
-    def __init__(self, linear, q, grid, kernel=None):
+    def __init__(self, linears, codes, kernel=None):
         super().__init__()
-        for name, value in kernels.prepare(q, grid.scale, grid.zero, grid.groupsize, linear.bias)._asdict().items():
+        q, scale, zero = (torch.cat(parts) for parts in zip(*((q, grid.scale, grid.zero) for q, grid in codes), strict=True))
+        biases = [
+            torch.zeros(len(q), device=q.device) if m.bias is None else m.bias.float() for m, (q, _) in zip(linears, codes, strict=True)
+        ]
+        for name, value in kernels.prepare(q, scale, zero, codes[0][1].groupsize, torch.cat(biases))._asdict().items():
             if isinstance(value, torch.Tensor):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        self.register_buffer("in_scale", linear.in_scale)
-        self.acts, self.batch, self.kernel, self.biased = linear.acts, linear.batch, kernel, linear.bias is not None
+        self.register_buffer("in_scale", linears[0].in_scale)
+        self.acts, self.batch, self.kernel = linears[0].acts, linears[0].batch, kernel
+        self.biased = [m.bias is not None for m in linears]
 
     smoothed = QuantLinear.smoothed
 
@@ -243,3 +248,40 @@ class IntLinear(nn.Module):
 
     def extra_repr(self):
         return f"{self.columns}, {self.rows}, groupsize={self.groupsize}, acts={self.acts}"
+
+
+class Together(nn.Module):
+    """Linears that read the same input, made one: the first of them that meets an input has all computed, each takes its rows of that."""
+
+    def __init__(self, whole, rows):
+        """whole: the one linear; rows: how many of its rows are those of each."""
+        super().__init__()
+        self.whole, self.rows = whole, rows
+        self.x, self.left = None, {}  # the last input, while not all have their part of {index: y}
+
+    def take(self, index, x):
+        if x is not self.x or index not in self.left:
+            self.x, self.left = x, dict(enumerate(self.whole(x).split(self.rows, -1)))
+        y = self.left.pop(index)
+        if not self.left:
+            self.x = None
+        return y
+
+
+class Part(nn.Module):
+    """One of the linears of a Together, at its place in a block."""
+
+    def __init__(self, index, together):
+        super().__init__()
+        self.index, self.together = index, together
+        self.start, self.rows = sum(together.rows[:index]), together.rows[index]
+
+    def forward(self, x):
+        return self.together.take(self.index, x)
+
+
+def put_together(block, names, whole, rows):
+    """Put one linear in the place of some of a block that read the same input and have so many rows."""
+    together = Together(whole, rows)
+    for i, name in enumerate(names):
+        block.set_submodule(name, Part(i, together) if len(names) > 1 else whole)

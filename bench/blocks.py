@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache, StaticLayer
 
 import kernels
 from bench import shapes
-from bench.timing import best_time, both_ways, during, reason
+from bench.timing import best_time, both_ways, reason, watched
 from bench.tune import random_weight
+from quant import put_together
 from runtime import release
 
 PREFILL, CONTEXT, BATCH = (512, 1024, 2048, 4096, 8192), (1024, 2048), (1, 2, 4, 8, 16, 32, 64)
@@ -45,20 +46,6 @@ class IntegerLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-class Part(nn.Module):
-    """One of several linears that were made one: the first computes all, the others only take their rows of that."""
-
-    def __init__(self, index, rows, results, whole=None):
-        super().__init__()
-        self.index, self.rows, self.results, self.whole = index, rows, results, whole
-
-    def forward(self, x):
-        if self.whole is not None:
-            self.results[:] = self.whole(x).split(self.rows, -1)
-        y, self.results[self.index] = self.results[self.index], None
-        return y
-
-
 def fuse(block):
     """Make those linears of a block one that read the same input.  The block computes what it did."""
     for names in TOGETHER:
@@ -71,9 +58,7 @@ def fuse(block):
         if first.bias is not None:
             whole.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
         whole.out_features, whole.in_features = whole.weight.shape
-        rows, results = [len(linear.weight) for linear in linears], [None] * len(linears)
-        for i, name in enumerate(names):
-            block.set_submodule(name, Part(i, rows, results, None if i else whole))
+        put_together(block, names, whole, [len(linear.weight) for linear in linears])
 
 
 def quantize(block):
@@ -233,17 +218,19 @@ def bench_blocks(models, cells, most, device, report, save):
     """Fill in a report: prefill of one prompt and decoding of batches, each model in FP16 and W4A8.  cells: of wanted."""
     report["models"] = []
     for name in models:
-        n, positions = fitting(name, device, most), max(tokens for _, _, tokens in cells)
+        n, positions, seen = fitting(name, device, most), max(tokens for _, _, tokens in cells), {}
         for contender in CONTENDERS:
             model = build(name, n, contender, device, positions)
-            for phase, b, tokens in cells:
-                where = {"model": name, "phase": phase, "batch": b, "tokens": tokens, "contender": contender}
-                report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
-                print(line(report["cells"][-1]), flush=True)
-                save()
+            with watched(device) as seen[contender]:
+                for phase, b, tokens in cells:
+                    where = {"model": name, "phase": phase, "batch": b, "tokens": tokens, "contender": contender}
+                    report["cells"].append(where | bench_cell(model, phase, b, tokens, device))
+                    print(line(report["cells"][-1]), flush=True)
+                    save()
+            attention = model.config._attn_implementation
             del model
             release(device)  # what is free decides how many blocks the next one has
-        report["models"].append({"name": name, "blocks": n, "of": shapes.model(name).blocks, "clocks": during(device)})
+        report["models"].append({"name": name, "blocks": n, "of": shapes.model(name).blocks, "attention": attention, "clocks": seen})
         save()
 
 

@@ -49,11 +49,12 @@ def packed_copies(rows, columns, device):
     return [weight._replace(packed=packed) for packed in copies(device, weight.packed)]
 
 
-def w4a8(rows, columns, device):
+def w4a8(rows, columns, device, together=True):
+    """together: one sequence of all tokens, which has one scale; else a sequence of one token each, as a batch that is decoded."""
     weights = packed_copies(rows, columns, device)
 
     def calls(tokens):
-        x = random_matrix(tokens, columns, torch.float16, device)[None]
+        x = random_matrix(tokens, columns, torch.float16, device).unsqueeze(0 if together else 1)
         return [partial(kernels.w4a8_linear, x, weight) for weight in weights]
 
     return calls
@@ -105,6 +106,21 @@ def int8_product(rows, columns, device):
             raise Missing("torch._int_mm takes more than 16 tokens")
         x = random_matrix(tokens, columns, torch.int8, device)
         return [partial(torch._int_mm, x, weight.T) for weight in weights]
+
+    return calls
+
+
+def fp8_product(rows, columns, device):
+    """PyTorch's product of 8-bit floats, which cuBLASLt computes, of codes that were found before, with one scale for each side."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise Missing("needs an NVIDIA GPU of compute capability 8.9 or newer")
+    weights = copies(device, random_matrix(rows, columns, torch.float16, device).to(torch.float8_e4m3fn))
+    scale = torch.ones((), device=device)
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.float16, device).to(torch.float8_e4m3fn)
+        how = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.float16, "use_fast_accum": True}
+        return [partial(torch._scaled_mm, x, weight.T, **how) for weight in weights]
 
     return calls
 
@@ -177,6 +193,24 @@ def vllm_marlin(rows, columns, device):
     return calls
 
 
+def vllm_w8a8(rows, columns, device):
+    """int8 on both sides, a scale per token that is found first, and one per row."""
+    ops = installed("vllm._custom_ops", device)
+    weights = copies(device, random_matrix(rows, columns, torch.int8, device))
+    scale = torch.rand(rows, 1, device=device)
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.float16, device)
+
+        def run(weight):
+            q, x_scale, _ = ops.scaled_int8_quant(x)
+            return ops.cutlass_scaled_mm(q, weight.T, scale_a=x_scale, scale_b=scale, out_dtype=torch.float16)
+
+        return [partial(run, weight) for weight in weights]
+
+    return calls
+
+
 def qserve(rows, columns, device):
     gemm = installed("omniserve_backend.qgemm_w4a8_per_chn", device)
     weights = copies(device, torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8, device=device))
@@ -207,14 +241,17 @@ def torchao(rows, columns, device):
 FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16)}
 OURS = {  # and PyTorch's
     "w4a8": Contender(w4a8, "quantization, product, bias", 4, 2, 2, "int8"),
+    "w4a8 batch": Contender(partial(w4a8, together=False), "quantization, product, bias, of sequences of one token", 4, 2, 2, "int8"),
     "w4a8 product": Contender(w4a8_product, "product, bias", 4, 1, 2, "int8"),
     **{name: Contender(partial(full, dtype), "product", 16, 2, 2, name) for name, dtype in FLOATS.items()},
     "int8 product": Contender(int8_product, "product, int32 out", 8, 1, 4, "int8"),
+    "fp8 product": Contender(fp8_product, "product", 8, 1, 2, "int8"),
     "tinygemm W4A16": Contender(tinygemm, "product", 4, 2, 2, "bfloat16"),
 }
 OTHERS = {
     "Marlin W4A16": Contender(marlin, "product", 4, 2, 2, "float16"),
     "vLLM Marlin W4A16": Contender(vllm_marlin, "product", 4, 2, 2, "float16"),
+    "vLLM W8A8": Contender(vllm_w8a8, "quantization, product", 8, 2, 2, "int8"),
     "QServe W4A8 product": Contender(qserve, "product", 4, 1, 2, "int8", graph=False),  # it launches on the default stream
     "torchao W4A8 product": Contender(torchao, "product", 4, 1, 2, "int8"),
 }

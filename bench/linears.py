@@ -15,7 +15,7 @@ import torch
 
 from bench import shapes
 from bench.contenders import CONTENDERS, OTHERS, OURS
-from bench.timing import SCHEMA, about, best_time, both_ways, ceilings, during, reason, speedup
+from bench.timing import SCHEMA, SHORTEST, about, best_time, both_ways_in_turn, ceilings, reason, speedup, watched
 from kernels import build, cuda
 from recipe import UsageError
 from runtime import write_json
@@ -44,21 +44,25 @@ def rated(found, contender, ceiling, rows, columns, tokens):
 
 
 def bench_layer(rows, columns, tokens, device, ceiling, contenders):
-    """Yields the cells of one layer, contender after contender; one without tokens for a contender that cannot take the layer."""
+    """Yields the cells of one layer, the contenders in turn; one without tokens for a contender that cannot take the layer."""
+    layer, makers = {"rows": rows, "columns": columns}, {}
     for name, contender in contenders.items():
-        layer = {"rows": rows, "columns": columns, "contender": name}
         try:
-            calls = contender.make(rows, columns, device)
-        except Exception as e:  # see both_ways
-            yield layer | NOTHING | {"tokens": None, "reason": reason(e)}
-            continue
-        for m in tokens:
-            cell = layer | NOTHING | {"tokens": m, "config": configuration(device, m, rows, columns) if name.startswith("w4a8") else None}
+            makers[name] = contender.make(rows, columns, device)
+        except Exception as e:  # see rounds_in_turn
+            yield layer | NOTHING | {"contender": name, "tokens": None, "reason": reason(e)}
+    for m in tokens:
+        calls, missing = {}, {}
+        for name, make in makers.items():
             try:
-                found = both_ways(calls(m), device, contender.graph)
-                yield cell | found | rated(found, contender, ceiling, rows, columns, m)
-            except Exception as e:  # see both_ways
-                yield cell | {"reason": reason(e)}
+                calls[name] = make(m), contenders[name].graph
+            except Exception as e:  # see rounds_in_turn
+                missing[name] = reason(e)
+        found = both_ways_in_turn(calls, device)
+        for name in makers:
+            config = configuration(device, m, rows, columns) if name.startswith("w4a8") else None
+            cell = layer | NOTHING | {"contender": name, "tokens": m, "config": config, "reason": missing.get(name)}
+            yield cell | (found[name] | rated(found[name], contenders[name], ceiling, rows, columns, m) if name in found else {})
 
 
 def configuration(device, tokens, rows, columns):
@@ -73,14 +77,15 @@ def bench_layers(models, tokens, device, report, save):
     layers = dict.fromkeys(shape for name in models for shape in shapes.linears(name))
     for contenders in (OURS, OTHERS):  # others' last: a kernel that leaves its bounds breaks all that this process does after it
         for rows, columns in layers:
-            for cell in bench_layer(rows, columns, tokens, device, report["ceilings"], contenders):
-                report["cells"].append(cell)
-                print(line(cell), flush=True)
+            with watched(device) as clocks:
+                for cell in bench_layer(rows, columns, tokens, device, report["ceilings"], contenders):
+                    report["cells"].append(cell)
+                    print(line(cell), flush=True)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # raises what broke it
             if contenders is OURS:
                 users = [name for name in models if (rows, columns) in shapes.linears(name)]
-                report["layers"].append({"rows": rows, "columns": columns, "models": users, "clocks": during(device)})
+                report["layers"].append({"rows": rows, "columns": columns, "models": users, "clocks": clocks})
             save()
 
 
@@ -128,11 +133,13 @@ def start(device, kind):
         "note": None if device.type == "cuda" else CPU_NOTE,
         "finished": False,
         "about": about(device),
+        "kernels": cuda.chosen_by(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
         "protocol": {
             "weights": "random; copies of more than four times the L2 cache in turn",
             "times": "microseconds per call: median, 20th and 80th percentile of rounds",
             "float16": "PyTorch's default settings, which let cuBLAS add up parts in float16; no bias",
-            "clocks": "right after the times of a layer or model",
+            "rounds": f"contenders in turn; as a graph each for {SHORTEST} s or more",
+            "clocks": "lowest, median and highest, read every 100 ms while a layer or model is timed",
         },
         "ceilings": ceilings(device),
         "cells": [],

@@ -4,6 +4,8 @@ import platform
 import shutil
 import statistics
 import subprocess
+import tempfile
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -21,11 +23,8 @@ def enough_copies(device, size):
     return max(1, min(1024, -(-4 * torch.cuda.get_device_properties(device).L2_cache_size // size)))
 
 
-def timed(calls, device, graph=True, rounds=7, least=20):
-    """Microseconds per call, {"median", "p20", "p80"}, over rounds of all calls, repeated to `least` of them on a GPU.
-
-    graph: each round is the replay of one CUDA graph; else calls are made one by one, and what the host does between them counts.
-    """
+def ready(calls, device, graph=True, least=20):
+    """(run, calls in it): all calls, repeated to `least` of them on a GPU, as one CUDA graph or one by one; it has run once."""
     calls = calls * -(-(least if device.type == "cuda" else 1) // len(calls))
 
     def everything():
@@ -34,9 +33,42 @@ def timed(calls, device, graph=True, rounds=7, least=20):
 
     run = captured(everything, device) if graph else everything
     run()
-    times = [seconds(run, device, HEAD_START * graph) * 1e6 / len(calls) for _ in range(rounds)]
+    return run, len(calls)
+
+
+def rounds_in_turn(runs, device, graph=True, rounds=7, shortest=0.0):
+    """Microseconds per call of runs that are ready, {name: {"median", "p20", "p80"} or the exception that ended it}.
+
+    They take turns, round by round, so that what heats or slows the GPU meets them all; each has `rounds`, and on a GPU so many that they
+    take `shortest` seconds.  graph: a round is one launch; else what the host does between calls counts.
+    """
+    times = {name: [] for name in runs}
+    failed = {}
+
+    def unfinished(name):
+        enough = shortest if device.type == "cuda" else 0
+        return name not in failed and (len(times[name]) < rounds or sum(times[name]) < enough)
+
+    while left := [name for name in runs if unfinished(name)]:
+        for name in left:
+            try:
+                times[name].append(seconds(runs[name][0], device, HEAD_START * graph))
+            except Exception as e:  # whatever a kernel of others raises: the other times are still worth having
+                failed[name] = e
+    return {name: failed.get(name) or spread([t * 1e6 / runs[name][1] for t in times[name]]) for name in runs}
+
+
+def spread(times):
     fifths = statistics.quantiles(times, n=5)
     return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[3]}
+
+
+def timed(calls, device, graph=True, rounds=7, least=20):
+    """Microseconds per call, {"median", "p20", "p80"}, over rounds of all calls: see ready."""
+    found = rounds_in_turn({"": ready(calls, device, graph, least)}, device, graph, rounds)[""]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def ceilings(device):
@@ -79,15 +111,32 @@ def reason(error):
     return text if isinstance(error, Missing) else f"{type(error).__name__}: {text}"
 
 
-def both_ways(calls, device, graph=True, **rounds):
-    """{"graph", "eager": timed or None, "reason": why one is None, or None}.  On a CPU there are no graphs."""
-    found = {"graph": None, "eager": None, "reason": None}
-    for way in ("eager", "graph") if graph and device.type == "cuda" else ("eager",):
-        try:
-            found[way] = timed(calls, device, graph=way == "graph", **rounds)
-        except Exception as e:  # whatever a kernel of others or a full memory raises: the other times are still worth having
-            found["reason"] = f"{way}: {reason(e)}"
+SHORTEST = 0.2  # seconds for which a cell runs as a graph, at least: clocks settle
+
+
+def both_ways_in_turn(contenders, device, least=20):
+    """{name: {"graph", "eager": times or None, "reason": why one is None, or None}} of contenders {name: (calls, whether a graph can)}.
+
+    On a CPU there are no graphs.
+    """
+    found = {name: {"graph": None, "eager": None, "reason": None} for name in contenders}
+    for way in ("eager", "graph") if device.type == "cuda" else ("eager",):
+        graph, runs = way == "graph", {}
+        for name, (calls, can) in contenders.items():
+            try:
+                if can or not graph:
+                    runs[name] = ready(calls, device, graph, least)
+            except Exception as e:  # see rounds_in_turn; a full memory, too
+                found[name]["reason"] = f"{way}: {reason(e)}"
+        for name, times in rounds_in_turn(runs, device, graph, shortest=SHORTEST * graph).items():
+            failed = isinstance(times, Exception)
+            found[name]["reason" if failed else way] = f"{way}: {reason(times)}" if failed else times
     return found
+
+
+def both_ways(calls, device, least=20):
+    """The same of one contender."""
+    return both_ways_in_turn({"": (calls, True)}, device, least)[""]
 
 
 def best_time(cell):
@@ -107,15 +156,26 @@ def speedup(base, other):
 # What machine it is
 
 
-def nvidia_smi(device, *fields):
-    """{field: text} of a GPU, read and never set; {} where it cannot be read."""
+def smi_command(device, fields):
+    """The command that reads fields of a GPU, and sets none; None where there is none."""
     program = shutil.which("nvidia-smi")
     if device.type != "cuda" or not program:
-        return {}
+        return None
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    done = subprocess.run([program, "-i", gpu, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], capture_output=True, text=True)
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    return dict(zip(fields, values, strict=True)) if done.returncode == 0 and len(values) == len(fields) else {}
+    return [program, "-i", gpu, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+
+
+def smi_lines(text, fields):
+    """[{field: text}] of what nvidia-smi printed; lines that are not whole are left out."""
+    lines = ([value.strip() for value in line.split(",")] for line in text.strip().split("\n"))
+    return [dict(zip(fields, values, strict=True)) for values in lines if len(values) == len(fields)]
+
+
+def nvidia_smi(device, *fields):
+    """{field: text} of a GPU, read and never set; {} where it cannot be read."""
+    command = smi_command(device, fields)
+    done = command and subprocess.run(command, capture_output=True, text=True)
+    return (smi_lines(done.stdout, fields) or [{}])[0] if done and done.returncode == 0 else {}
 
 
 def about(device):
@@ -140,6 +200,31 @@ def about(device):
     return found
 
 
-def during(device):
-    """Clocks, power and temperature as they are now, ready for JSON; {} on a CPU."""
-    return nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+@contextmanager
+def watched(device):
+    """Read a GPU every 100 ms while this lasts; behind it {field: [lowest, median, highest]}, with units in the field's name.
+
+    {} on a CPU, and where nothing can be read.
+    """
+    found, command = {}, smi_command(device, CLOCKS)
+    if command is None:
+        yield found
+        return
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([*command, "--loop-ms=100"], stdout=output, stderr=subprocess.DEVNULL, text=True)
+        try:
+            yield found
+        finally:
+            process.terminate()
+            process.wait()
+        output.seek(0)
+        for field in CLOCKS:
+            readings = [line[field].split() for line in smi_lines(output.read(), CLOCKS)]
+            output.seek(0)
+            values = sorted(float(value) for value, *_ in readings if value.replace(".", "", 1).isdigit())
+            if values:
+                unit = " ".join(readings[0][1:])
+                found[f"{field} {unit}".strip()] = [values[0], statistics.median(values), values[-1]]

@@ -27,7 +27,7 @@ from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
-from quant import IntLinear, from_int, replace_linears
+from quant import IntLinear, from_int, put_together, replace_linears
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
 from smoothquant import fold_group
@@ -136,7 +136,7 @@ def finished_linear(linear, codes, packed, in_scale, recipe, kernel):
     """
     linear.in_scale, linear.stored = in_scale, packed
     linear.freeze(recipe.acts)
-    return IntLinear(linear, *codes, kernel) if kernel and computes_integers(recipe) else linear
+    return IntLinear([linear], [codes], kernel) if kernel and computes_integers(recipe) else linear
 
 
 class Store:
@@ -229,8 +229,14 @@ class Store:
         in_scales = {name: tensors.pop(f"{name}.in_scale", None) for name in linears}
         assign(block, without_codes(tensors, linears) | {f"{name}.weight": from_int(*pair) for name, pair in codes.items()})
         for name, linear in linears.items():
-            packed = {part: tensors[f"{name}.{part}"] for part in PARTS}
-            block.set_submodule(name, finished_linear(linear, codes[name], packed, in_scales[name], recipe, self.kernel))
+            linear.in_scale, linear.stored = in_scales[name], {part: tensors[f"{name}.{part}"] for part in PARTS}
+            linear.freeze(recipe.acts)
+        if self.kernel and computes_integers(recipe):
+            for group in self.original.family.groups:
+                if names := [name for name in group.linears if name in linears]:
+                    pairs = [codes[name] for name in names]
+                    whole = IntLinear([linears[name] for name in names], pairs, self.kernel)
+                    put_together(block, names, whole, [len(q) for q, _ in pairs])
         return block
 
     def _smoothed(self, block, tensors, batch):

@@ -13,7 +13,7 @@ from formats.checkpoint import FILES, INDEX, Store, open_checkpoint
 from formats.codes import packed_linear
 from formats.hub import create_repo, upload
 from modelutils import Decoder, load_tokenizer, skeleton
-from quant import Grid, IntLinear, QuantLinear
+from quant import Grid, IntLinear, Part, QuantLinear
 from recipe import UsageError
 
 TOKENIZER = "tokenizer_config.json"
@@ -97,20 +97,27 @@ def repacked(model, recipe, stored_dtype=None):
 def packed_block(block, recipe, store):
     """{name: tensor} of a block, its codes packed.  store: says how other tensors are stored."""
     tensors = dict(block.state_dict())
-    for name, linear in block.named_modules():
-        if not isinstance(linear, (IntLinear, QuantLinear)):
+    for name, module in block.named_modules():
+        if not isinstance(module, (IntLinear, QuantLinear, Part)) or name.endswith(".whole"):  # which is in a Part
             continue
-        own = {part: tensors.pop(f"{name}.{part}") for part in [*linear.state_dict()]}
-        if isinstance(linear, IntLinear):
-            R, C = linear.rows, linear.columns
-            scale, zero = (p[:, :R].T.contiguous() for p in (linear.scale, linear.zero))
-            grid = Grid(scale, zero.float(), recipe.wbits, recipe.groupsize)
-            found = packed_linear(name, kernels.unpack_w4(linear.packed.cpu())[:R, :C], grid, recipe.wbits)
-            own |= {"bias": linear.bias[:R]} if linear.biased else {"bias": None}
+        own = {key: tensors.pop(key) for key in [*tensors] if key.startswith(f"{name}.")}
+        if isinstance(module, QuantLinear):
+            tensors |= {f"{name}.{part}": t for part, t in module.stored.items()}
+            tensors |= {key: own[key] for part in ("bias", "in_scale") if (key := f"{name}.{part}") in own}
+        elif isinstance(module, Part):
+            tensors |= integer_tensors(name, module.together.whole, module.index, slice(module.start, module.start + module.rows), recipe)
         else:
-            found = {f"{name}.{part}": t for part, t in linear.stored.items()}
-        tensors |= found | {f"{name}.{part}": own[part] for part in ("bias", "in_scale") if own.get(part) is not None}
+            tensors |= integer_tensors(name, module, 0, slice(0, module.rows), recipe)
     return {name: store.as_stored(t.detach().cpu(), name).clone() for name, t in tensors.items()}
+
+
+def integer_tensors(name, whole, index, rows, recipe):
+    """{name: tensor}, as they are stored, of the linear that is some rows of an IntLinear, its index-th.  rows: a slice."""
+    scale, zero = (p[:, rows].T.contiguous() for p in (whole.scale, whole.zero))
+    grid = Grid(scale, zero.float(), recipe.wbits, recipe.groupsize)
+    found = packed_linear(name, kernels.unpack_w4(whole.packed.cpu())[rows, : whole.columns], grid, recipe.wbits)
+    found |= {f"{name}.bias": whole.bias[rows]} if whole.biased[index] else {}
+    return found | ({} if whole.in_scale is None else {f"{name}.in_scale": whole.in_scale})
 
 
 def write(store, folder, name, about):

@@ -24,7 +24,9 @@ CONFIGS = {  # in the order of Config of w4a8.cu: rows of the weight and tokens 
 CONFIG_NUMBERS = {name: number for number, name in enumerate(CONFIGS)}
 MAX_SPLITS = 64
 QUANTIZE, MULTIPLY, BOTH = 1, 2, 3  # Steps of w4a8.cu
-COLUMNS_PER_SPLIT = 512  # fewer are not worth the sum over splits
+COLUMNS_PER_SPLIT = 1024  # fewer are not worth the sum over splits
+# Of a tile, in steps of 64 columns: what a block alone on a multiprocessor takes for one, and the sum over splits for each, and once more.
+ALONE, GATHER = 1.3, 12
 
 
 class Call(ctypes.Structure):
@@ -55,7 +57,7 @@ def bind(path):
 
 @functools.cache
 def library(device):
-    """The library for a GPU, built on first use.  Raises BuildError if it cannot be built or does not run there."""
+    """The library for a GPU, built on first use and made ready there.  Raises BuildError if it cannot be built or does not run there."""
     path = build("{}{}".format(*torch.cuda.get_device_capability(device)))
     found = bind(path)
     with torch.cuda.device(device):
@@ -83,13 +85,31 @@ def cell(rows, columns, groupsize):
     return f"{rows}x{columns}" + (f"g{groupsize}" if groupsize < columns else "")
 
 
+def most_splits(columns, groupsize):
+    """How many blocks may share the columns of a tile: no group is divided, and none has too little."""
+    units = -(-columns // (groupsize if groupsize < columns else 64))
+    return max(1, min(columns // COLUMNS_PER_SPLIT, units, MAX_SPLITS))
+
+
 def splits(config, tokens, rows, columns, groupsize, blocks):
     """How many blocks should share the columns of a tile, so that there are about `blocks` of them."""
     if config == "decode_fused":
         return 1
     n, m = CONFIGS[config]
-    units = -(-columns // (groupsize if groupsize < columns else 64))  # the kernels divide no group
-    return max(1, min(-(-blocks // (-(-rows // n) * -(-tokens // m))), columns // COLUMNS_PER_SPLIT, units, MAX_SPLITS))
+    return max(1, min(blocks // (-(-rows // n) * -(-tokens // m)), most_splits(columns, groupsize)))
+
+
+def fitting(costs, processors, tokens, rows, columns, groupsize):
+    """(config, splits) with which the busiest multiprocessor has least to do.  costs: {config: of an element of its tiles, relative}."""
+
+    def work(choice):
+        config, parts = choice
+        n, m = CONFIGS[config]
+        blocks = -(-(-(-rows // n) * -(-tokens // m) * parts) // processors)
+        steps = max(blocks, ALONE) * -(-columns // (64 * parts)) + (GATHER * (parts + 1) if parts > 1 else 0)
+        return costs[config] * n * m * steps
+
+    return min(((config, parts) for config in costs for parts in range(1, most_splits(columns, groupsize) + 1)), key=work)
 
 
 def choose(library, gpu, processors, tokens, rows, columns, groupsize):
@@ -98,12 +118,23 @@ def choose(library, gpu, processors, tokens, rows, columns, groupsize):
     for most, config, parts in measured:
         if tokens <= most:
             return config, parts
+    shape = tokens, rows, columns, groupsize
     for rule in tables()["default"]["rules"]:
         if tokens <= rule.get("tokens", tokens) and tokens * columns <= rule.get("elements", tokens * columns):
-            parts = splits(rule["config"], tokens, rows, columns, groupsize, rule["blocks_per_processor"] * processors)
-            if takes(library, rule["config"], parts, tokens, rows, columns, groupsize):
-                return rule["config"], parts
+            if "tiles" in rule:
+                config, parts = fitting(rule["tiles"], processors, *shape)
+            else:
+                config = rule["config"]
+                parts = splits(config, *shape, rule["blocks_per_processor"] * processors)
+            if takes(library, config, parts, *shape):
+                return config, parts
     raise UsageError(f"no kernel takes {tokens} tokens of {columns} columns with groupsize {groupsize}")
+
+
+def chosen_by(gpu):
+    """Where the kernels of a GPU are chosen: {"table": its name or "default", "measured": whether by times}."""
+    table = gpu if gpu in tables() else "default"
+    return {"table": table, "measured": tables()[table]["measured"]}
 
 
 def takes(library, config, parts, tokens, rows, columns, groupsize):

@@ -15,9 +15,10 @@ struct Decode {
   static constexpr int PARTIAL_BYTES = WARPS * TOKENS * PITCH * 4;
   static constexpr int RANGE_BYTES = TOKENS * WARPS * 2 * 4;
 
-  DEVICE static int code_pitch(int Kp) { return Kp + 16; }  // eight rows then lie in different banks
+  static constexpr int BLOCKS = TOKENS == 8 && !GROUPED ? 3 : 2;  // on a multiprocessor, as registers allow
+
   static int shared_bytes(int M, int Kp, int groups) {
-    return PARTIAL_BYTES + (FUSED ? RANGE_BYTES + TOKENS * 8 + groups * TOKENS * 4 + M * (Kp + 16) : 0);
+    return PARTIAL_BYTES + (FUSED ? RANGE_BYTES + TOKENS * 8 + groups * TOKENS * 4 + M * Kp : 0);
   }
 };
 
@@ -25,9 +26,10 @@ struct Decode {
 template <class D, class T>
 DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, M = a.B * a.T;
-  bool aligned = a.K % 8 == 0;
+  if (threadIdx.x < M) out.sums[threadIdx.x] = 0;
   for (int m = 0; m < M; ++m) {
-    Range r = warp_range(thread_range(static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K, a.K, aligned, threadIdx.x, D::THREADS));
+    Batch<T> batch;
+    Range r = warp_range(thread_range(batch, static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K, a.K));
     if (lane == 0) ranges[(m * D::WARPS + warp) * 2] = ordered(r.lo), ranges[(m * D::WARPS + warp) * 2 + 1] = ordered(r.hi);
   }
   __syncthreads();
@@ -35,20 +37,36 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
     int first = m, last = m + 1;  // rows that share the range of row m
     if (!a.per_token) first = m / a.T * a.T, last = first + counted_rows(a, m / a.T);
     int lo = 0, hi = 0;  // ordered(0)
-    for (int i = first * D::WARPS; i < last * D::WARPS; ++i) lo = min(lo, ranges[2 * i]), hi = max(hi, ranges[2 * i + 1]);
-    Grid grid({unordered(lo), unordered(hi)}, a);
+    for (int i = first * D::WARPS + lane; i < last * D::WARPS; i += 32) lo = min(lo, ranges[2 * i]), hi = max(hi, ranges[2 * i + 1]);
+    Grid grid({unordered(warp_min(lo)), unordered(warp_max(hi))}, a);
     if (threadIdx.x == 0) out.scale[m] = grid.scale, out.zero[m] = grid.zero_code(a.levels);
     const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K;
-    for (int i = 8 * threadIdx.x; i < a.Kp; i += 8 * D::THREADS)
-      *reinterpret_cast<uint2*>(out.codes + m * D::code_pitch(a.Kp) + i) = codes8(x, i, a.K, aligned, grid, a.levels);
+    Batch<T, 8> batch;  // for more there are no registers beside the weight's
+    int total = 0;
+    for (int begin = 0; begin < a.Kp; begin += batch.columns()) {
+      batch.load(x, begin, a.K);
+      #pragma unroll
+      for (int b = 0; b < batch.COUNT; ++b) {
+        int i = batch.column(begin, b);
+        if (i >= a.Kp) continue;
+        uint2 w = codes8(batch.eights[b], x, i, a.K, grid, a.levels);
+        store_fragments(out.codes, M, m, i, w);
+        total += sum8(w);
+      }
+    }
+    if (!D::GROUPED) {
+      total = warp_sum(total);
+      if (lane == 0) atomicAdd(out.sums + m, total);
+    }
   }
   __syncthreads();
+  if (!D::GROUPED) return;
   int groups = (a.K + out.groupsize - 1) / out.groupsize;
   for (int i = warp; i < groups * M; i += D::WARPS) {
     int group = i / M, m = i % M, end = min((group + 1) * out.groupsize, a.Kp);
     uint32_t sum = 0;
     for (int k = group * out.groupsize + 4 * lane; k < end; k += 128)
-      sum = dot4(*reinterpret_cast<const uint32_t*>(out.codes + m * D::code_pitch(a.Kp) + k), 0x01010101u, sum);
+      sum = dot4(*fragment(out.codes, M, m, k), 0x01010101u, sum);
     int total = warp_sum(static_cast<int>(sum));
     if (lane == 0) out.sums[group * out.pitch + m] = total;
   }
@@ -56,7 +74,7 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
 }
 
 template <class D>
-__global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activations a) {
+__global__ void __launch_bounds__(D::THREADS, D::BLOCKS) decode_kernel(Problem p, Activations a) {
   SHARED_MEMORY(shared);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   int n0 = blockIdx.x * 32, blocks = p.Kp / 32, per_group = D::GROUPED ? p.x.groupsize / 32 : 1;
@@ -69,7 +87,6 @@ __global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activa
     if (k.begin + u < k.end) w[u] = load_once(weight + static_cast<size_t>(k.begin + u) * 32);
 
   Codes x = p.x;
-  int code_pitch = p.Kp;
   if constexpr (D::FUSED) {
     uint8_t* next = shared + D::PARTIAL_BYTES;
     auto take = [&](int bytes) { uint8_t* taken = next; next += bytes; return taken; };
@@ -79,7 +96,6 @@ __global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activa
     x.pitch = D::TOKENS;
     x.sums = reinterpret_cast<int*>(take((a.K + x.groupsize - 1) / x.groupsize * D::TOKENS * 4));
     x.codes = next;
-    code_pitch = D::code_pitch(p.Kp);
     if (a.type == kHalf) quantize_block<D, half_t>(a, x, ranges);
     else if (a.type == kBfloat) quantize_block<D, bfloat_t>(a, x, ranges);
     else quantize_block<D, float>(a, x, ranges);
@@ -87,14 +103,14 @@ __global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activa
 
   const uint8_t* codes[D::TILES];  // this lane's row of x; the last rows again beyond M, whose products nobody reads
   #pragma unroll
-  for (int j = 0; j < D::TILES; ++j) codes[j] = x.codes + static_cast<size_t>(min(8 * j + g, p.M - 1)) * code_pitch + 4 * t;
+  for (int j = 0; j < D::TILES; ++j) codes[j] = x.codes + 32 * min(8 * j + g, p.M - 1) + 8 * t;
 
   uint32_t ahead[D::FUSED ? 1 : D::AHEAD][D::TILES][2];  // codes on their way too, if they are not in shared memory
   auto load_codes = [&](uint32_t (&b)[D::TILES][2], int kb) {
     #pragma unroll
     for (int j = 0; j < D::TILES; ++j) {
-      b[j][0] = *reinterpret_cast<const uint32_t*>(codes[j] + 32 * kb);
-      b[j][1] = *reinterpret_cast<const uint32_t*>(codes[j] + 32 * kb + 16);
+      uint2 both = *reinterpret_cast<const uint2*>(codes[j] + 32 * p.M * kb);
+      b[j][0] = both.x, b[j][1] = both.y;
     }
   };
   if (!D::FUSED) {
@@ -114,15 +130,16 @@ __global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activa
       x_zero[j][0] = x.zero[min(8 * j + 2 * t, p.M - 1)], x_zero[j][1] = x.zero[min(8 * j + 2 * t + 1, p.M - 1)];
   }
 
+  GroupCounter group(per_group, k.begin, 1);
   for (int kb = k.begin; kb < k.end; kb += D::AHEAD) {
     #pragma unroll
     for (int u = 0; u < D::AHEAD; ++u) {
       int now = kb + u, later = now + D::AHEAD;
       if (now >= k.end) break;
-      if (D::GROUPED && now % per_group == 0) {  // needed when the group ends
+      if (D::GROUPED && group.starts()) {  // needed when the group ends
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          size_t at = static_cast<size_t>(now / per_group) * p.Np + n0 + 8 * i + g;
+          size_t at = static_cast<size_t>(group.group) * p.Np + n0 + 8 * i + g;
           scale[i / 2][i % 2] = p.scale[at], zero[i / 2][i % 2] = p.zero[at], colsum[i / 2][i % 2] = p.colsum[at];
         }
       }
@@ -139,8 +156,8 @@ __global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activa
         w[u] = load_once(weight + static_cast<size_t>(later) * 32);
         if (!D::FUSED) load_codes(ahead[D::FUSED ? 0 : u], later);
       }
-      if (D::GROUPED && (now % per_group == per_group - 1 || now == blocks - 1)) {
-        const int* x_sum = x.sums + static_cast<size_t>(now / per_group) * x.pitch;
+      if (D::GROUPED && group.ends(now == blocks - 1)) {
+        const int* x_sum = x.sums + static_cast<size_t>(group.group) * x.pitch;
         #pragma unroll
         for (int j = 0; j < D::TILES; ++j) {
           #pragma unroll
@@ -156,6 +173,7 @@ __global__ void __launch_bounds__(D::THREADS, 2) decode_kernel(Problem p, Activa
           }
         }
       }
+      if (D::GROUPED) group.advance();
     }
   }
 

@@ -14,7 +14,7 @@ struct Problem {
   int type, M, N, Np, Kp;
   int splits;         // blocks that share the columns of one tile
   uint32_t* slabs;    // what they computed: [tiles,splits,values of a tile]
-  uint32_t* tickets;  // [tiles]: how many of them are done
+  uint32_t* tickets;  // [tiles]: how many of them are done; 0 again when all are, so the product can run again on the same codes
 };
 
 // The blocks of columns that part i of `parts` works on: whole groups of `per_group` of them, so that no group's sum is divided.
@@ -49,13 +49,10 @@ DEVICE bool gather(uint32_t (&values)[COUNT], const Problem& p, int tile, int sp
   uint32_t* slab = slabs + static_cast<size_t>(split) * COUNT * THREADS;
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) slab[i * THREADS] = values[i];
-  __threadfence();  // the slab is visible before the ticket is
-  __syncthreads();
-  if (threadIdx.x == 0) *shared_word = atomicAdd(p.tickets + tile, 1u);
+  __syncthreads();  // the whole block has written its slab
+  if (threadIdx.x == 0) *shared_word = take_ticket(p.tickets + tile, p.splits);
   __syncthreads();
   if (*shared_word != static_cast<uint32_t>(p.splits - 1)) return false;
-  if (threadIdx.x == 0) p.tickets[tile] = 0;  // so the product can run again on the same codes
-  __threadfence();
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) values[i] = 0;
   for (int s = 0; s < p.splits; ++s, slabs += COUNT * THREADS) {
@@ -83,20 +80,32 @@ struct Tile {
   static constexpr int BN = BN_, BM = BM_;  // rows of the weight and of x per block
   static constexpr int WN = WN_, WM = WM_;  // ... and per warp
   static constexpr int BK = 64;             // columns per stage
-  static constexpr int STAGES = STAGES_;    // of the pipeline, all but one being loaded
+  static constexpr int STAGES = STAGES_;    // of the pipeline
   static constexpr bool GROUPED = GROUPED_;
   static constexpr int WARPS_N = BN / WN, WARPS_M = BM / WM, THREADS = 32 * WARPS_N * WARPS_M;
   static constexpr int WEIGHT_BYTES = BN * BK / 2, X_BYTES = BM * BK;
+  static constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
   static constexpr int GROUP_BYTES = GROUPED ? (3 * BN + BM) * 4 : 0;  // scale, zero, colsum; sums
-  static constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES + GROUP_BYTES;
+  static constexpr int GROUP_SLOTS = STAGES + 1;  // a group is read when the next stage may already be loaded into its own
   static constexpr int VALUES = (WN / 16) * (WM / 8) * 4;  // per thread
   // Two blocks on an SM where registers allow: one's epilogue then overlaps the other's products.
-  static constexpr int BLOCKS = !GROUPED && VALUES <= 64 && THREADS <= 256 ? 2 : 1;
-  static_assert(WN % 32 == 0 && WM % 8 == 0 && BN % 128 == 0 && 128 % BM == 0, "whole fragments, rows padded to 128");
+  static constexpr int BLOCKS = !GROUPED && VALUES * THREADS <= 16384 ? 2 : 1;
+  static_assert(WN % 32 == 0 && WM % 16 == 0 && BN % 128 == 0 && 128 % BM == 0, "whole fragments, rows padded to 128");
 
   static constexpr int PITCH = BN + 4;               // of [WM][BN] sums: a warp's fragments fall into different banks
-  static constexpr int OUTPUT_BYTES = WM * PITCH * 4;
-  static constexpr int SHARED_BYTES = OUTPUT_BYTES > STAGES * STAGE_BYTES ? OUTPUT_BYTES : STAGES * STAGE_BYTES;
+  static constexpr int LOOP_BYTES = STAGES * STAGE_BYTES + GROUP_SLOTS * GROUP_BYTES, OUTPUT_BYTES = WM * PITCH * 4;
+  static constexpr int SHARED_BYTES = OUTPUT_BYTES > LOOP_BYTES ? OUTPUT_BYTES : LOOP_BYTES;
+};
+
+// Counts blocks of columns from the beginning of a group: which group, which of `slots` is its, and whether it ends; without a division a step.
+struct GroupCounter {
+  int per_group, slots, group, left, slot = 0;
+  DEVICE GroupCounter(int per_group, int begin, int slots) : per_group(per_group), slots(slots), group(begin / per_group), left(per_group) {}
+  DEVICE bool starts() const { return left == per_group; }
+  DEVICE bool ends(bool last_column) const { return left == 1 || last_column; }
+  DEVICE void advance() {
+    if (--left == 0) ++group, left = per_group, slot = slot == slots - 1 ? 0 : slot + 1;
+  }
 };
 
 // f(0), ..., f(COUNT - 1), by the threads of a block, unrolled.
@@ -166,32 +175,51 @@ __global__ void __launch_bounds__(Tl::THREADS, Tl::BLOCKS) tile_kernel(Problem p
   int blocks = p.Kp / Tl::BK, per_group = Tl::GROUPED ? p.x.groupsize / Tl::BK : 1;
   Span k = span(blocks, per_group, blockIdx.y, p.splits);
 
-  const uint4* weight = p.weight + static_cast<size_t>(n0) * (p.Kp / 32);
-  const uint8_t* codes = p.x.codes + static_cast<size_t>(m0) * p.Kp;
-  int rows = min(p.M - m0, Tl::BM);
-  auto ends_group = [&](int kb) { return kb % per_group == per_group - 1 || kb == blocks - 1; };
-  auto load = [&](int stage, int kb) {
-    uint8_t* to = shared + stage * Tl::STAGE_BYTES;
-    share_out<Tl::WEIGHT_BYTES / 16, Tl::THREADS>([&](int i) {  // 64 vectors for 32 rows
-      cp_async_16(to + 16 * i, weight + (i / 64 * p.Kp + 64 * kb + i % 64));
+  // What this thread copies of the next stage: vectors of 16 bytes that lie a fixed distance apart, here and in shared memory.
+  constexpr int kWeightRounds = Tl::WEIGHT_BYTES / 16 / Tl::THREADS, kRows = Tl::THREADS / 4, kXRounds = (Tl::BM + kRows - 1) / kRows;
+  static_assert(Tl::THREADS % 64 == 0 && kRows % 8 == 0, "64 vectors of the weight for 32 rows; the swizzle repeats after 8 rows of x");
+  int m = threadIdx.x / 4, rows = min(p.M - m0, Tl::BM) - m;  // beyond M nothing is read
+  const uint8_t* next_weight = reinterpret_cast<const uint8_t*>(
+      p.weight + static_cast<size_t>(n0 / 32 + threadIdx.x / 64) * p.Kp + 64 * k.begin + threadIdx.x % 64);
+  const uint8_t* next_x = p.x.codes + static_cast<size_t>(m0 + m) * p.Kp + Tl::BK * k.begin + 16 * (threadIdx.x % 4);
+  size_t weight_step = static_cast<size_t>(Tl::THREADS / 64 * 16) * p.Kp, x_step = static_cast<size_t>(kRows) * p.Kp;
+  int x_to = Tl::WEIGHT_BYTES + x_offset(m, threadIdx.x % 4);
+  auto load = [&](uint8_t* stage) {
+    #pragma unroll
+    for (int i = 0; i < kWeightRounds; ++i) cp_async_16(stage + 16 * (threadIdx.x + i * Tl::THREADS), next_weight + i * weight_step);
+    #pragma unroll
+    for (int i = 0; i < kXRounds; ++i)
+      if (Tl::BM % kRows == 0 || m < Tl::BM) cp_async_16(stage + x_to + 64 * kRows * i, next_x + i * x_step, kRows * i < rows);
+    next_weight += 2 * 512, next_x += Tl::BK;
+  };
+  uint8_t* groups = shared + Tl::STAGES * Tl::STAGE_BYTES;
+  auto load_group = [&](int slot, int group) {
+    uint8_t* to = groups + slot * Tl::GROUP_BYTES;
+    share_out<(3 * Tl::BN + Tl::BM) / 4, Tl::THREADS>([&](int i) {
+      int which = i / (Tl::BN / 4), j = 4 * (i % (Tl::BN / 4));
+      size_t at = static_cast<size_t>(group) * p.Np + n0 + j;
+      const void* from = which == 0   ? static_cast<const void*>(p.scale + at)
+                         : which == 1 ? static_cast<const void*>(p.zero + at)
+                         : which == 2 ? static_cast<const void*>(p.colsum + at)
+                                      : static_cast<const void*>(p.x.sums + static_cast<size_t>(group) * p.x.pitch + m0 + j);
+      cp_async_16(to + 16 * i, from);
     });
-    to += Tl::WEIGHT_BYTES;
-    share_out<Tl::X_BYTES / 16, Tl::THREADS>([&](int i) {
-      int m = i / 4, chunk = i % 4;
-      cp_async_16(to + x_offset(m, chunk), codes + (min(m, rows - 1) * p.Kp + kb * Tl::BK + 16 * chunk), m < rows);
-    });
-    to += Tl::X_BYTES;
-    if (Tl::GROUPED && ends_group(kb)) {
-      size_t group = kb / per_group;
-      share_out<(3 * Tl::BN + Tl::BM) / 4, Tl::THREADS>([&](int i) {
-        int which = i / (Tl::BN / 4), j = 4 * (i % (Tl::BN / 4));
-        const void* from = which == 0   ? static_cast<const void*>(p.scale + group * p.Np + n0 + j)
-                           : which == 1 ? static_cast<const void*>(p.zero + group * p.Np + n0 + j)
-                           : which == 2 ? static_cast<const void*>(p.colsum + group * p.Np + n0 + j)
-                                        : static_cast<const void*>(p.x.sums + group * p.x.pitch + m0 + j);
-        cp_async_16(to + 16 * i, from);
-      });
+  };
+  // The next stage to be loaded, if any is left; one group of copies in any case.
+  int next = k.begin, load_at = 0;  // the latter in bytes, as all places of stages
+  GroupCounter next_group(per_group, k.begin, Tl::GROUP_SLOTS);
+  auto behind = [](int stage) { return stage == (Tl::STAGES - 1) * Tl::STAGE_BYTES ? 0 : stage + Tl::STAGE_BYTES; };
+  auto load_next = [&]() {
+    if (next < k.end) {
+      load(shared + load_at);
+      load_at = behind(load_at);
+      if (Tl::GROUPED) {
+        if (next_group.ends(next == blocks - 1)) load_group(next_group.slot, next_group.group);
+        next_group.advance();
+      }
+      ++next;
     }
+    cp_async_commit();
   };
 
   uint32_t acc[Tl::VALUES] = {};
@@ -202,62 +230,80 @@ __global__ void __launch_bounds__(Tl::THREADS, Tl::BLOCKS) tile_kernel(Problem p
     for (int j = 0; j < Tl::WM / 4; ++j) x_zero[Tl::GROUPED ? j : 0] = p.x.zero[m0 + wm * Tl::WM + 8 * (j / 2) + 2 * t + j % 2];
   }
 
+  // Fragments of a stage's columns 0-31 and 32-63: while one half is multiplied the other is on its way, across the barrier too.
+  uint4 w[2][Tl::WN / 32];
+  uint32_t x[2][Tl::WM / 8][2];
+  const uint8_t* weight_from = shared + (wn * (Tl::WN / 32) * 64 + lane) * 16;
+  const uint8_t* x_from[2];
   #pragma unroll
-  for (int s = 0; s < Tl::STAGES - 1; ++s) {
-    if (k.begin + s < k.end) load(s, k.begin + s);
-    cp_async_commit();
-  }
-  int now = 0, free = Tl::STAGES - 1;  // stages
-  for (int kb = k.begin; kb < k.end; ++kb) {
-    cp_async_wait<Tl::STAGES - 2>();
-    __syncthreads();  // stage kb is there for all warps, and all have finished with stage kb - 1, which is the next to be loaded
-    if (kb + Tl::STAGES - 1 < k.end) load(free, kb + Tl::STAGES - 1);
-    cp_async_commit();
-
-    const uint8_t* stage = shared + now * Tl::STAGE_BYTES;
-    free = now;
-    now = now == Tl::STAGES - 1 ? 0 : now + 1;
-    const uint8_t* x_stage = stage + Tl::WEIGHT_BYTES;
-    uint32_t x[Tl::WM / 8][4];
+  for (int half = 0; half < 2; ++half)
+    x_from[half] = shared + Tl::WEIGHT_BYTES + x_offset(wm * Tl::WM + lane / 16 * 8 + lane % 8, 2 * half + lane / 8 % 2);
+  auto fetch = [&](int half, int stage) {
     #pragma unroll
-    for (int j = 0; j < Tl::WM / 8; ++j) ldmatrix_x4(x[j], x_stage + x_offset(wm * Tl::WM + 8 * j + lane % 8, lane / 8));
+    for (int i = 0; i < Tl::WN / 32; ++i) w[half][i] = *reinterpret_cast<const uint4*>(weight_from + stage + (2 * i + half) * 512);
     #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int j = 0; j < Tl::WM / 16; ++j) {
+      uint32_t r[4];  // rows 0-7, columns 0-15 and 16-31; rows 8-15
+      ldmatrix_x4(r, x_from[half] + stage + 16 * 64 * j);
+      x[half][2 * j][0] = r[0], x[half][2 * j][1] = r[1], x[half][2 * j + 1][0] = r[2], x[half][2 * j + 1][1] = r[3];
+    }
+  };
+  auto multiply_half = [&](int half) {
+    #pragma unroll
+    for (int i = 0; i < Tl::WN / 32; ++i) {
+      uint32_t low[4], high[4];
+      unpack(low, high, w[half][i]);
       #pragma unroll
-      for (int i = 0; i < Tl::WN / 32; ++i) {
-        uint32_t low[4], high[4];
-        unpack(low, high, reinterpret_cast<const uint4*>(stage)[((wn * (Tl::WN / 32) + i) * 2 + half) * 32 + lane]);
-        #pragma unroll
-        for (int j = 0; j < Tl::WM / 8; ++j) {
-          mma_u8(reinterpret_cast<uint32_t(&)[4]>(acc[((2 * i) * (Tl::WM / 8) + j) * 4]), low, x[j][2 * half], x[j][2 * half + 1]);
-          mma_u8(reinterpret_cast<uint32_t(&)[4]>(acc[((2 * i + 1) * (Tl::WM / 8) + j) * 4]), high, x[j][2 * half], x[j][2 * half + 1]);
-        }
+      for (int j = 0; j < Tl::WM / 8; ++j) {
+        mma_u8(reinterpret_cast<uint32_t(&)[4]>(acc[((2 * i) * (Tl::WM / 8) + j) * 4]), low, x[half][j][0], x[half][j][1]);
+        mma_u8(reinterpret_cast<uint32_t(&)[4]>(acc[((2 * i + 1) * (Tl::WM / 8) + j) * 4]), high, x[half][j][0], x[half][j][1]);
       }
     }
-    if (Tl::GROUPED && ends_group(kb)) {
-      const uint8_t* group = x_stage + Tl::X_BYTES;
-      const float* scale = reinterpret_cast<const float*>(group) + wn * Tl::WN;
-      const int* zero = reinterpret_cast<const int*>(group) + Tl::BN + wn * Tl::WN;
-      const int* colsum = zero + Tl::BN;
-      const int* x_sum = reinterpret_cast<const int*>(group) + 3 * Tl::BN + wm * Tl::WM;
+  };
+  auto add_group = [&](int slot) {
+    const uint8_t* group = groups + slot * Tl::GROUP_BYTES;
+    const float* scale = reinterpret_cast<const float*>(group) + wn * Tl::WN;
+    const int* zero = reinterpret_cast<const int*>(group) + Tl::BN + wn * Tl::WN;
+    const int* colsum = zero + Tl::BN;
+    const int* x_sum = reinterpret_cast<const int*>(group) + 3 * Tl::BN + wm * Tl::WM;
+    #pragma unroll
+    for (int i = 0; i < Tl::WN / 16; ++i) {
       #pragma unroll
-      for (int i = 0; i < Tl::WN / 16; ++i) {
+      for (int r = 0; r < 2; ++r) {
+        int n = 16 * i + 8 * r + g;
         #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int n = 16 * i + 8 * r + g;
+        for (int j = 0; j < Tl::WM / 8; ++j) {
           #pragma unroll
-          for (int j = 0; j < Tl::WM / 8; ++j) {
-            #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              int at = (i * (Tl::WM / 8) + j) * 4 + 2 * r + c;
-              uint32_t sum = i % 2 ? acc[at] >> 4 : acc[at];
-              int v = centred(sum, zero[n], x_sum[8 * j + 2 * t + c], x_zero[Tl::GROUPED ? 2 * j + c : 0], colsum[n]);
-              sums[Tl::GROUPED ? at : 0] = fmaf(small_to_float(v), scale[n], sums[Tl::GROUPED ? at : 0]);
-              acc[at] = 0;
-            }
+          for (int c = 0; c < 2; ++c) {
+            int at = (i * (Tl::WM / 8) + j) * 4 + 2 * r + c;
+            uint32_t sum = i % 2 ? acc[at] >> 4 : acc[at];
+            int v = centred(sum, zero[n], x_sum[8 * j + 2 * t + c], x_zero[Tl::GROUPED ? 2 * j + c : 0], colsum[n]);
+            sums[Tl::GROUPED ? at : 0] = fmaf(small_to_float(v), scale[n], sums[Tl::GROUPED ? at : 0]);
+            acc[at] = 0;
           }
         }
       }
+    }
+  };
+
+  for (int s = 0; s < Tl::STAGES; ++s) load_next();
+  cp_async_wait<Tl::STAGES - 1>();
+  __syncthreads();
+  if (k.begin < k.end) fetch(0, 0);
+  int stage = 0;
+  GroupCounter at(per_group, k.begin, Tl::GROUP_SLOTS);
+  for (int kb = k.begin; kb < k.end; ++kb) {
+    fetch(1, stage);
+    multiply_half(0);
+    cp_async_wait<Tl::STAGES - 2>();
+    __syncthreads();  // the next stage is there for all warps, and all have fetched this one, which can be loaded again
+    stage = behind(stage);
+    fetch(0, stage);  // behind the last stage anything, which is not used
+    load_next();
+    multiply_half(1);
+    if (Tl::GROUPED) {
+      if (at.ends(kb == blocks - 1)) add_group(at.slot);
+      at.advance();
     }
   }
   cp_async_wait<0>();

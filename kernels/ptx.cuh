@@ -45,10 +45,21 @@ DEVICE uint4 load_once(const uint4* from) {
 // What other blocks have written: from L2, as L1 may hold something older.
 DEVICE uint32_t load_shared_by_blocks(const uint32_t* from) { return __ldcg(from); }
 
+// How many of `all` blocks came before this one; back to 0 with the last.  The thread releases what its block wrote before the barrier in front
+// of this, and acquires for its block what the earlier ones released, up to the barrier behind.
+DEVICE uint32_t take_ticket(uint32_t* counter, int all) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(all - 1) : "memory");
+  return before;
+}
+
 DEVICE int warp_min(int v) { return __reduce_min_sync(0xffffffffu, v); }
 DEVICE int warp_max(int v) { return __reduce_max_sync(0xffffffffu, v); }
 DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // of each, a's in the lowest byte
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
 DEVICE uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) { return __dp4a(a, b, c); }
 
 // The larger one, NaN if one is NaN (fmaxf drops it).
@@ -76,21 +87,19 @@ DEVICE void from_float(float& to, float v) { to = v; }
 
 constexpr int kMaxShared = 99 * 1024;  // bytes that a block has on every GPU of compute capability 8.0 or newer
 
-// Whether a kernel can run on the current device, for which the driver must know this runtime and the library this GPU; cudaError_t.
+// Makes a kernel ready on the current device, for which the driver must know this runtime and the library this GPU; cudaError_t.  It may take
+// all shared memory that a block can have.  most_shared: the multiprocessor gives what it has to shared memory, not to L1, so that as many blocks
+// fit as can.
 template <class... Parameters>
-int can_run(void (*kernel)(Parameters...)) {
-  cudaFuncAttributes attributes;
-  cudaFuncGetAttributes(&attributes, kernel);
+int make_ready(void (*kernel)(Parameters...), bool most_shared) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  if (most_shared) cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   return cudaGetLastError();
 }
 
 // kernel<<<grid, threads, shared, stream>>>(args...); cudaError_t, which no later call finds again.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared, void* stream, Arguments... args) {
-  if (shared > 48 * 1024) {  // more than that a kernel must ask for: always for the most, as another thread may need more of it meanwhile
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-    if (error != cudaSuccess) return cudaGetLastError();
-  }
   kernel<<<dim3(grid_x, grid_y), threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   return cudaGetLastError();
 }

@@ -1,4 +1,4 @@
-// codes[M,Kp] = quant(x[M,K]): u8, min-max, the range includes 0 or is symmetric about it; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
+// codes = quant(x[M,K]): u8, min-max, the range includes 0 or is symmetric about it; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
 // The same arithmetic as act_codes in __init__.py, operation by operation.
 #pragma once
 #include "ptx.cuh"
@@ -15,14 +15,21 @@ struct Activations {
 };
 
 struct Codes {
-  uint8_t* codes;  // [M,Kp]
+  uint8_t* codes;  // [M,Kp]; or, for the decoding kernels, [Kp/32,M,32], see fragment
   float* scale;    // [M]
   int* zero;       // [M]
   int* sums;       // [G,pitch]: sum of the codes of each group of columns
   int pitch, groupsize;
+  bool fragments;  // which of the two
 };
 
-constexpr int kQuantizeThreads = 256;
+// Where columns k to k + 3 of row m are in [Kp/32,M,32]: of 32 columns, 4 t to 4 t + 3 and 16 + 4 t to 16 + 4 t + 3 stand together, which is the
+// B operand of lane (m % 8, t).  A warp reads those of eight rows as 256 bytes in a row.  k % 4 == 0.
+DEVICE uint32_t* fragment(uint8_t* codes, int M, int m, int k) {
+  return reinterpret_cast<uint32_t*>(codes + (static_cast<size_t>(k / 32) * M + m) * 32 + k % 16 * 2 + k % 32 / 16 * 4);
+}
+
+constexpr int kQuantizeThreads = 256, kWideThreads = 1024;  // of a block; the latter where there are few rows
 
 struct Range { float lo = 0, hi = 0; };  // 0 is always in
 
@@ -33,134 +40,217 @@ DEVICE int ordered(float v) {
 }
 DEVICE float unordered(int i) { return bits_to_float(static_cast<uint32_t>(i ^ ((i >> 31) & 0x7fffffff))); }
 
-DEVICE Range widened(Range r, float v) { return {fminf(r.lo, v), max_or_nan(r.hi, v)}; }  // a NaN goes into hi, which is enough
 DEVICE Range warp_range(Range r) { return {unordered(warp_min(ordered(r.lo))), unordered(warp_max(ordered(r.hi)))}; }
 
 struct Grid {
   float scale, zero;
+  float inverse, lowest, highest;  // 1 / scale; x beyond the others has their code
+  uint32_t offset;                 // zero
+  bool by_inverse;                 // whether nothing on the way can overflow or lose bits at the bottom
   DEVICE Grid(Range r, const Activations& a) {
     if (a.sym) r.hi = max_or_nan(-r.lo, r.hi), r.lo = -r.hi;
     scale = divide(add(r.hi, -r.lo), static_cast<float>(a.levels));
     if (scale == 0) scale = 1;
     zero = a.sym ? static_cast<float>((a.levels + 1) / 2) : rintf(divide(-r.lo, scale));
+    inverse = divide(1, scale);
+    lowest = multiply(-zero, scale), highest = multiply(add(static_cast<float>(a.levels), -zero), scale);
+    by_inverse = scale > 1e-27f && scale < 1e27f;
+    offset = by_inverse ? static_cast<uint32_t>(zero) : 0;
   }
-  DEVICE uint32_t code(float x, int levels) const {
+  DEVICE uint32_t code_by_division(float x, int levels) const {
     return static_cast<uint32_t>(fminf(fmaxf(add(rintf(divide(x, scale)), zero), 0), static_cast<float>(levels)));
+  }
+  // The same code, in its low byte.  A product with the reciprocal, corrected by what it leaves of x (Markstein), rounds to the code that the
+  // division rounds to: for every scale and all x next to a boundary between codes that was computed, and at others no error is large enough.
+  DEVICE uint32_t code_by_inverse(float x) const {
+    x = fminf(fmaxf(x, lowest), highest);
+    float q = multiply(x, inverse);
+    q = fmaf(fmaf(-q, scale, x), inverse, q);
+    return float_to_bits(add(q, 12582912.f)) + offset;  // 1.5 * 2^23: rounds to a whole number
   }
   DEVICE int zero_code(int levels) const { return static_cast<int>(fminf(fmaxf(zero, 0), static_cast<float>(levels))); }
 };
 
+// Eight elements of a row, as they lie in memory.
+template <class T>
+struct alignas(16) Eight { T values[8]; };
+
 // x[i], ..., x[i+7]; 0 from x[end] on.  Rows of a multiple of 8 elements are aligned to 16 bytes and have nothing of another row in the eight.
 template <class T>
-DEVICE void load8(float (&v)[8], const T* x, int i, int end, bool aligned) {
-  if (aligned) {
-    union { uint4 words[sizeof(T) / 2]; T values[8]; } u = {};
-    #pragma unroll
-    for (int j = 0; j < static_cast<int>(sizeof(T) / 2); ++j) u.words[j] = reinterpret_cast<const uint4*>(x + i)[j];
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = to_float(u.values[j]);
+DEVICE Eight<T> load8(const T* x, int i, int end) {
+  union { uint4 words[sizeof(T) / 2]; Eight<T> eight; } u = {};
+  if (end % 8 == 0) {
+    if (i < end) {
+      #pragma unroll
+      for (int j = 0; j < static_cast<int>(sizeof(T) / 2); ++j) u.words[j] = reinterpret_cast<const uint4*>(x + i)[j];
+    }
   } else {
     #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = i + j < end ? to_float(x[i + j]) : 0.f;
+    for (int j = 0; j < 8; ++j)
+      if (i + j < end) u.eight.values[j] = x[i + j];
   }
+  return u.eight;
 }
 
-// The range of x[0..end) as `threads` threads see it; each sees a part.
 template <class T>
-DEVICE Range thread_range(const T* x, int end, bool aligned, int thread, int threads) {
-  Range r;
-  for (int i = 8 * thread; i < end; i += 8 * threads) {
-    float v[8];
-    load8(v, x, i, end, aligned);
+DEVICE Range widened(Range r, const Eight<T>& x) {
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float v = to_float(x.values[j]);
+    r = {fminf(r.lo, v), max_or_nan(r.hi, v)};  // a NaN goes into hi, which is enough
+  }
+  return r;
+}
+DEVICE Range widened(Range a, Range b) { return {fminf(a.lo, b.lo), max_or_nan(a.hi, b.hi)}; }
+
+// What a thread loads before it looks at any of it: so many eights, 8 * blockDim.x columns apart.
+template <class T, int WORDS = 16>
+struct Batch {
+  static constexpr int COUNT = WORDS / static_cast<int>(2 * sizeof(T));  // WORDS registers
+  Eight<T> eights[COUNT];
+  DEVICE static int columns() { return 8 * blockDim.x * COUNT; }  // of all threads
+  DEVICE static int column(int first, int i) { return first + 8 * (threadIdx.x + i * blockDim.x); }
+  DEVICE void load(const T* x, int first, int end) {
     #pragma unroll
-    for (int j = 0; j < 8; ++j) r = widened(r, v[j]);
+    for (int i = 0; i < COUNT; ++i) eights[i] = load8(x, column(first, i), end);
+  }
+  DEVICE Range widen(Range r) const {
+    #pragma unroll
+    for (int i = 0; i < COUNT; ++i) r = widened(r, eights[i]);
+    return r;
+  }
+};
+
+// The range of x[0..end), as this thread sees it; the batch is left with the last columns.
+template <class T, int WORDS>
+DEVICE Range thread_range(Batch<T, WORDS>& batch, const T* x, int end) {
+  Range r;
+  for (int first = 0; first < end; first += batch.columns()) {
+    batch.load(x, first, end);
+    r = batch.widen(r);
   }
   return r;
 }
 
-// The eight codes of x[i..i+8), packed, 0 from x[K] on.
+// The codes of eight elements from column i of a row on, packed; 0 from column K on.
 template <class T>
-DEVICE uint2 codes8(const T* x, int i, int K, bool aligned, const Grid& grid, int levels) {
-  uint32_t w[2] = {};
-  if (i < K) {
-    float v[8];
-    load8(v, x, i, K, aligned);
-    #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (i + j < K) w[j / 4] |= grid.code(v[j], levels) << (8 * (j % 4));
+DEVICE uint2 codes8(const Eight<T>& eight, const T* x, int i, int K, const Grid& grid, int levels) {
+  if (!grid.by_inverse) {
+    uint2 w = {};
+    #pragma unroll 1  // rare, and long
+    for (int j = 0; j < 8 && i + j < K; ++j) {
+      uint32_t code = grid.code_by_division(to_float(x[i + j]), levels) << (8 * (j % 4));
+      if (j < 4) w.x |= code;
+      else w.y |= code;
+    }
+    return w;
   }
-  return make_uint2(w[0], w[1]);
+  uint32_t c[8];
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) c[j] = grid.code_by_inverse(to_float(eight.values[j]));
+  uint64_t keep = i + 8 <= K ? ~0ull : i < K ? ~0ull >> (8 * (i + 8 - K)) : 0;
+  return make_uint2(low_bytes(c[0], c[1], c[2], c[3]) & static_cast<uint32_t>(keep),
+                    low_bytes(c[4], c[5], c[6], c[7]) & static_cast<uint32_t>(keep >> 32));
+}
+
+DEVICE void store_fragments(uint8_t* codes, int M, int m, int k, uint2 w) {  // columns k to k + 7
+  uint32_t* to = fragment(codes, M, m, k);
+  to[0] = w.x, to[2] = w.y;
 }
 
 DEVICE int sum8(uint2 w) { return static_cast<int>(dot4(w.x, 0x01010101u, dot4(w.y, 0x01010101u, 0u))); }
 
-// All threads of the block get the range of all of them.  memory: 2 words for each warp.
+// All threads of the block get the range of all of them.  memory: 2 words for each warp, at most 32 of them.
 DEVICE Range block_range(Range r, int* memory) {
-  int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   r = warp_range(r);
-  if (threadIdx.x % 32 == 0) memory[warp] = ordered(r.lo), memory[warps + warp] = ordered(r.hi);
+  if (lane == 0) memory[warp] = ordered(r.lo), memory[warps + warp] = ordered(r.hi);
   __syncthreads();
-  int lo = memory[0], hi = memory[warps];
-  for (int i = 1; i < warps; ++i) lo = min(lo, memory[i]), hi = max(hi, memory[warps + i]);
-  return {unordered(lo), unordered(hi)};
+  int lo = lane < warps ? memory[lane] : 0, hi = lane < warps ? memory[warps + lane] : 0;  // ordered(0)
+  return {unordered(warp_min(lo)), unordered(warp_max(hi))};
 }
 
 DEVICE int counted_rows(const Activations& a, int sequence) {
   return a.lengths ? max(0, min(a.T, a.lengths[sequence])) : a.T;
 }
 
-// First pass, per sequence: ranges[B,parts], block (sequence, part) sees rows [part * rows, (part + 1) * rows).
+// First pass, per sequence: ranges[B,parts], block (sequence, part) sees rows [part * rows, (part + 1) * rows).  It also clears `sums`, to which
+// several blocks may add up in the second pass.
 template <class T>
-__global__ void __launch_bounds__(kQuantizeThreads) range_kernel(Activations a, float2* ranges, int parts, int rows) {
+__global__ void __launch_bounds__(kWideThreads) range_kernel(Activations a, float2* ranges, int parts, int rows, int* sums, int n_sums) {
   SHARED_MEMORY(shared);
   int sequence = blockIdx.x / parts, part = blockIdx.x % parts;
   int begin = part * rows, end = min(begin + rows, counted_rows(a, sequence));
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n_sums; i += gridDim.x * blockDim.x) sums[i] = 0;
   Range r;
-  for (int t = begin; t < end; ++t) {
-    const T* x = static_cast<const T*>(a.x) + (static_cast<size_t>(sequence) * a.T + t) * a.K;
-    Range row = thread_range(x, a.K, a.K % 8 == 0, threadIdx.x, blockDim.x);
-    r = {fminf(r.lo, row.lo), max_or_nan(r.hi, row.hi)};
-  }
+  Batch<T> batch;
+  for (int t = begin; t < end; ++t)
+    r = widened(r, thread_range(batch, static_cast<const T*>(a.x) + (static_cast<size_t>(sequence) * a.T + t) * a.K, a.K));
   r = block_range(r, reinterpret_cast<int*>(shared));
   if (threadIdx.x == 0) ranges[blockIdx.x] = make_float2(r.lo, r.hi);
 }
 
-// Second pass, or the only one where a row has a range of its own (parts == 0): one block quantizes one row.  It also clears `tickets`.
+// Second pass, or the only one where a row has a range of its own (parts == 0): block (row, part) quantizes `width` columns of a row, which are
+// all of them in the latter case.  It also clears `tickets`.
 template <class T>
-__global__ void __launch_bounds__(kQuantizeThreads)
-quantize_kernel(Activations a, const float2* ranges, int parts, Codes out, uint32_t* tickets, int n_tickets) {
+__global__ void __launch_bounds__(kWideThreads)
+quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes out, uint32_t* tickets, int n_tickets) {
   SHARED_MEMORY(shared);
   int row = blockIdx.x, groups = (a.K + out.groupsize - 1) / out.groupsize;
-  bool aligned = a.K % 8 == 0;
+  int begin = blockIdx.y * width, end = min(begin + width, a.Kp);
   int* sums = reinterpret_cast<int*>(shared);
   const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(row) * a.K;
+  Batch<T> batch;
+  batch.load(x, begin, a.K);
 
-  for (int i = row * blockDim.x + threadIdx.x; i < n_tickets; i += gridDim.x * blockDim.x) tickets[i] = 0;
+  for (int i = (blockIdx.y * gridDim.x + row) * blockDim.x + threadIdx.x; i < n_tickets; i += gridDim.x * gridDim.y * blockDim.x) tickets[i] = 0;
   for (int i = threadIdx.x; i < groups; i += blockDim.x) sums[i] = 0;
 
   Range r;
   if (parts == 0) {
-    r = thread_range(x, a.K, aligned, threadIdx.x, blockDim.x);
+    r = batch.widen(r);
+    for (int first = Batch<T>::columns(); first < a.K; first += Batch<T>::columns()) {
+      batch.load(x, first, a.K);
+      r = batch.widen(r);
+    }
+    if (Batch<T>::columns() < a.K) batch.load(x, 0, a.K);  // again, as the registers hold but one batch
   } else {
     for (int i = threadIdx.x; i < parts; i += blockDim.x) {
       float2 part = ranges[static_cast<size_t>(row / a.T) * parts + i];
-      r = {fminf(r.lo, part.x), max_or_nan(r.hi, part.y)};
+      r = widened(r, Range{part.x, part.y});
     }
   }
   Grid grid(block_range(r, sums + groups), a);  // waits for all threads, sums are cleared too
-  if (threadIdx.x == 0) out.scale[row] = grid.scale, out.zero[row] = grid.zero_code(a.levels);
+  if (threadIdx.x == 0 && begin == 0) out.scale[row] = grid.scale, out.zero[row] = grid.zero_code(a.levels);
 
-  for (int first = 0; first < a.Kp; first += 8 * blockDim.x) {  // whole warps go round, as they add up together
-    int i = first + 8 * threadIdx.x;
-    int sum = 0;
-    if (i < a.Kp) {
-      uint2 w = codes8(x, i, a.K, aligned, grid, a.levels);
-      *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(row) * a.Kp + i) = w;
-      sum = sum8(w);
+  int total = 0;
+  for (int first = begin; first < end; first += Batch<T>::columns()) {  // whole warps go round, as they add up together
+    if (first > begin) batch.load(x, first, a.K);
+    #pragma unroll
+    for (int b = 0; b < Batch<T>::COUNT; ++b) {
+      int i = Batch<T>::column(first, b), sum = 0;
+      if (i < end) {
+        uint2 w = codes8(batch.eights[b], x, i, a.K, grid, a.levels);
+        if (out.fragments) store_fragments(out.codes, gridDim.x, row, i, w);
+        else *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(row) * a.Kp + i) = w;
+        sum = sum8(w);
+      }
+      if (groups == 1) {
+        total += sum;
+      } else {
+        for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);  // 64 columns are always of one group
+        if (threadIdx.x % 8 == 0 && i < min(end, a.K)) atomicAdd(sums + i / out.groupsize, sum);
+      }
     }
-    for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);  // 64 columns are always of one group
-    if (threadIdx.x % 8 == 0 && i < a.K) atomicAdd(sums + i / out.groupsize, sum);
+  }
+  if (groups == 1) {
+    total = warp_sum(total);
+    if (threadIdx.x % 32 == 0) atomicAdd(sums, total);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < groups; i += blockDim.x) out.sums[static_cast<size_t>(i) * out.pitch + row] = sums[i];
+  for (int i = threadIdx.x; i < groups; i += blockDim.x) {
+    int* to = out.sums + static_cast<size_t>(i) * out.pitch + row;
+    if (gridDim.y == 1) *to = sums[i];
+    else if (sums[i]) atomicAdd(to, sums[i]);
+  }
 }

@@ -1,5 +1,7 @@
 // The C interface: one call quantizes x and multiplies it, or does one of both, on the caller's stream, in memory that the
 // caller owns.  It neither allocates nor waits, so a CUDA graph can capture it.  Called by cuda.py through ctypes.
+#include <algorithm>
+
 #include "decode.cuh"
 
 struct Call {  // the same fields in the same order as Call in cuda.py
@@ -31,12 +33,13 @@ enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x1
 //                               BN   BM   WN  WM  stages
 template <bool G> using Tile16 = Tile<128, 16, 32, 16, 6, G>;
 template <bool G> using Tile32 = Tile<128, 32, 32, 32, 5, G>;
-template <bool G> using Tile64 = Tile<128, 64, 32, 64, 4, G>;
-template <bool G> using Tile128 = Tile<128, 128, 64, 32, 4, G>;
+template <bool G> using Tile64 = Tile<128, 64, 64, 32, 4, G>;
+template <bool G> using Tile128 = Tile<128, 128, 64, G ? 32 : 64, 4, G>;  // groups have sums of their own, twice the registers
 template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 
 constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
+constexpr int kFewRows = 256;      // of x: fewer blocks would leave multiprocessors idle
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -141,13 +144,20 @@ static int check_pointers(const Call& c, const Plan& p) {
 
 template <class T>
 static int quantize(const Call& c, const Plan& p, const Activations& a, const Codes& codes, float2* ranges, uint32_t* tickets) {
-  constexpr int kMemory = kQuantizeThreads / 32 * 2 * 4;
+  // With few rows a block is as wide as a row needs, and several share a row whose range is known.
+  bool few = p.M <= kFewRows;
+  int parts = p.range_parts && few ? std::max(1, std::min(kFewRows / p.M, p.Kp / (8 * kQuantizeThreads))) : 1;
+  int width = padded((p.Kp + parts - 1) / parts, 64);
+  parts = (p.Kp + width - 1) / width;
+  auto threads = [&](int columns) { return few ? std::min(kWideThreads, padded((columns + 7) / 8, 32)) : kQuantizeThreads; };
+  auto memory = [&](int columns) { return threads(columns) / 32 * 2 * 4; };
   if (p.range_parts) {
-    int error = launch(range_kernel<T>, c.B * p.range_parts, 1, kQuantizeThreads, kMemory, c.stream, a, ranges, p.range_parts, p.range_rows);
+    int error = launch(range_kernel<T>, c.B * p.range_parts, 1, threads(p.Kp), memory(p.Kp), c.stream, a, ranges, p.range_parts, p.range_rows,
+                       codes.sums, parts > 1 ? p.groups * p.Mp : 0);
     if (error) return error;
   }
-  return launch(quantize_kernel<T>, p.M, 1, kQuantizeThreads, p.groups * 4 + kMemory, c.stream, a, static_cast<const float2*>(ranges),
-                p.range_parts, codes, tickets, c.splits > 1 ? p.tiles : 0);
+  return launch(quantize_kernel<T>, p.M, parts, threads(width), p.groups * 4 + memory(width), c.stream, a, static_cast<const float2*>(ranges),
+                p.range_parts, width, codes, tickets, c.splits > 1 ? p.tiles : 0);
 }
 
 template <class Tl>
@@ -174,12 +184,31 @@ static int multiply(const Call& c, const Plan& p, const Problem& problem, const 
   }
 }
 
+// The first error of making kernels ready, or 0.
+template <class... Kernels>
+static int all_ready(bool most_shared, Kernels... kernels) {
+  int first = 0;
+  for (int code : {make_ready(kernels, most_shared)...}) first = first ? first : code;
+  return first;
+}
+
+template <bool G>
+static int products_ready() {  // codes that decoding blocks share come from L1
+  int error = all_ready(false, decode_kernel<Decode<8, true, G>>, decode_kernel<Decode<16, true, G>>, decode_kernel<Decode<8, false, G>>,
+                        decode_kernel<Decode<16, false, G>>);
+  return error ? error : all_ready(true, tile_kernel<Tile16<G>>, tile_kernel<Tile32<G>>, tile_kernel<Tile64<G>>, tile_kernel<Tile128<G>>,
+                                   tile_kernel<Tile256<false>>);
+}
+
 extern "C" {
 
 int awrq_call_bytes() { return sizeof(Call); }
 
-// 0 if the kernels can run on the current device, or what awrq_error explains.
-int awrq_ready() { return can_run(range_kernel<half_t>); }
+// Makes the kernels ready on the current device, once, before any call there: 0, or what awrq_error explains.
+int awrq_ready() {
+  if (int error = products_ready<false>()) return error;
+  return products_ready<true>();
+}
 
 // What a code of awrq_workspace or awrq_linear means: < 0 refused, > 0 an error of CUDA.
 const char* awrq_error(int code) {
@@ -206,7 +235,7 @@ int awrq_linear(const Call* call) {
   uint8_t* memory = static_cast<uint8_t*>(c.workspace);
   Activations a{c.x, c.lengths, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token, c.sym};
   Codes codes{memory + p.codes, reinterpret_cast<float*>(memory + p.x_scale), reinterpret_cast<int*>(memory + p.x_zero),
-              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize};
+              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize, p.decode};
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
   Problem problem{static_cast<const uint4*>(c.weight), c.scale, c.zero, c.colsum, c.bias, codes, c.y, c.type, p.M, c.N, p.Np, p.Kp,
                   c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};

@@ -19,6 +19,7 @@ from transformers.utils import import_utils
 import kernels
 from bench import blocks, contenders, linears, quantizing, shapes, tune
 from kernels import build, cuda
+from quant import Part
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -86,7 +87,7 @@ def test_layers_json(layers):
     assert [(layer["rows"], layer["columns"]) for layer in report["layers"]] == list(shapes.linears("tiny-llama"))
     seen = {(c["rows"], c["columns"], c["contender"], c["tokens"]): c for c in report["cells"]}
     for rows, columns in shapes.linears("tiny-llama"):
-        for name in ("w4a8", "float16", "bfloat16"):
+        for name in ("w4a8", "w4a8 batch", "float16", "bfloat16"):
             for tokens in (1, 17):
                 cell = seen.pop((rows, columns, name, tokens))
                 assert set(cell) == set(linears.NOTHING) | {"rows", "columns", "contender", "tokens"}
@@ -127,19 +128,19 @@ def test_a_contender_that_fails_costs_only_its_own_cells():
     cells = list(linears.bench_layer(8, 16, (1, 2), CPU, ceiling, tested))
     shown = [(c["contender"], c["tokens"], c["reason"]) for c in cells]
     assert shown == [
-        ("late", 1, "not for 1"),
-        ("late", 2, "eager: RuntimeError: misaligned"),
         ("never", None, "ImportError: no such thing"),
+        ("late", 1, "not for 1"),
         ("float16", 1, None),
+        ("late", 2, "eager: RuntimeError: misaligned"),
         ("float16", 2, None),
     ]
 
 
 def test_contenders_of_ours_and_pytorch_compute_a_layer():
     """The op's own contender gives what kernels.w4a8_linear gives; those of PyTorch have the shape of the layer."""
-    for name in ("w4a8", "float16", "bfloat16", "int8 product"):
+    for name, shape in {"w4a8": (1, 20), "w4a8 batch": (20, 1), "float16": (20,), "bfloat16": (20,), "int8 product": (20,)}.items():
         (y,) = (call() for call in contenders.CONTENDERS[name].make(48, 32, CPU)(20))
-        assert y.shape[-2:] == (20, 48)
+        assert y.shape == (*shape, 48)
     (weight,) = contenders.packed_copies(48, 32, CPU)
     q = kernels.unpack_w4(weight.packed)[:48, :32]
     assert len(q.unique()) == 16, "random data, never zeros"
@@ -190,8 +191,8 @@ def test_fused_linears_compute_the_same(name):
     wanted = model(ids).logits
     blocks.fuse(blocks.layers_of(model)[0])
     torch.testing.assert_close(model(ids).logits, wanted)
-    fused = [m for m in model.modules() if isinstance(m, blocks.Part)]
-    assert len(fused) == (5 if name == "tiny-llama" else 3) and all(r is None for part in fused for r in part.results)
+    fused = [m for m in model.modules() if isinstance(m, Part)]
+    assert len(fused) == (5 if name == "tiny-llama" else 3) and all(part.together.x is None for part in fused)
 
 
 @pytest.mark.parametrize("name", shapes.TINY)

@@ -15,8 +15,9 @@ import torch
 from test_kernels import activations, prepared
 
 import kernels
-from bench import check, tune
+from bench import check, machine_code, predict, tune
 from kernels import build, cuda
+from recipe import UsageError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvcc")]  # one process: what they share takes seconds to make
 
@@ -210,16 +211,19 @@ def test_no_kernel_spills_registers(compiled, arch):
     assert "warning" not in log
 
 
+@pytest.fixture(scope="session")
+def sass_tools():
+    """{name: path} of what reads machine code."""
+    try:
+        return {name: machine_code.tool(name) for name in ("cuobjdump", "nvdisasm")}
+    except UsageError as e:
+        pytest.skip(str(e))
+
+
 @pytest.mark.parametrize("arch", ["80", "90"])
-def test_machine_code_is_what_was_meant(compiled, arch):
+def test_machine_code_is_what_was_meant(compiled, sass_tools, arch):
     """Integer tensor cores on unsigned bytes, fed by loads of 16 bytes, nothing in local memory."""
-    tools = [str(folder) for folder in Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/bin")]
-    path = os.pathsep.join((*tools, os.environ["PATH"], "/usr/local/cuda/bin"))
-    if not (shutil.which("cuobjdump", path=path) and shutil.which("nvdisasm", path=path)):
-        pytest.skip("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    done = subprocess.run(
-        ["cuobjdump", "--dump-sass", compiled[arch]], capture_output=True, text=True, env=os.environ | {"PATH": path}, check=True
-    )
+    done = subprocess.run([sass_tools["cuobjdump"], "--dump-sass", compiled[arch]], capture_output=True, text=True, check=True)
     functions = done.stdout.split("Function : ")[1:]
     assert len(functions) == 23
     for function in functions:
@@ -261,3 +265,66 @@ def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, 
         kernels.select("cuda", gpu)
     kernel, line = kernels.select("auto", gpu)
     assert kernel == "torch" and re.search(wrong, line)
+
+
+# ---------------------------------------------------------------------------
+# The model of their speed
+
+SASS = """add:
+.L_x_1:
+        /*0000*/                   LDS R0, [R2] ;                       /* 0x0000000002007984 */
+                                                                        /* {first:#018x} */
+        /*0010*/                   IMMA.16832.U8.U8 R4, R0.ROW, R8.COL, R4 ; /* 0x0000000004047237 */
+                                                                        /* {second:#018x} */
+        /*0020*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;        /* 0x0000000000007b1d */
+                                                                        /* {third:#018x} */
+        /*0030*/              @!P0 BRA `(.L_x_1) ;                      /* 0xfffffffc0000a947 */
+                                                                        /* {fourth:#018x} */
+"""
+
+
+def control(stall, written=7, read=7, waits=0):
+    """The high half of an instruction that has nothing but control codes."""
+    return (stall | written << 5 | read << 8 | waits << 11) << 41
+
+
+def test_a_loop_is_read_and_replayed_by_its_control_codes():
+    """By hand: 4 cycles to shared memory's turn, 24 to the result, which the product awaits; then 2, the barrier's 12, the jump's 5."""
+    codes = {"first": control(1, written=2), "second": control(2, waits=1 << 2), "third": control(1), "fourth": control(5)}
+    kernel = machine_code.parse(SASS.format(**codes), {"add": 40})
+    (loop,) = kernel.loops("IMMA")
+    assert [(i.name, i.stall, i.written, i.waits) for i in loop] == [
+        ("LDS", 1, 2, 0), ("IMMA", 2, 7, 4), ("BAR", 1, 7, 0), ("BRA", 5, 7, 0)
+    ]  # fmt: skip
+    alone = machine_code.replay(loop, 1, 1, 80)
+    assert alone.cycles == 28 + 2 + 12 + 5 and alone.tensor == pytest.approx(8 / 4 / alone.cycles)
+    four = machine_code.replay(loop, 4, 1, 80)  # one on each scheduler: the last one's load waits for three others', 4 cycles each
+    assert four.cycles == 28 + 3 * 4 + 2 + 12 + 5 and four.tensor == pytest.approx(8 / four.cycles)
+    assert machine_code.blocks_that_fit(252, 128, 48 * 1024) == 2 and machine_code.blocks_that_fit(80, 256, 9 * 1024) == 3
+
+
+@pytest.mark.parametrize(("arch", "least"), [(80, 0.92), (90, 0.88)])
+def test_main_loops_keep_the_tensor_cores_busy(compiled, sass_tools, arch, least, monkeypatch):
+    """In the replay, and what the model then predicts for a block's linears on an A100 is no less than it was."""
+    monkeypatch.setattr(build, "build", lambda arch: compiled[arch])
+    predict.read_code.cache_clear()
+    code = predict.read_code(arch)
+    assert code.shares["128x64"] >= least and code.shares["128x128"] >= least
+    assert code.decoders == {(8, True): 3, (8, False): 3, (16, True): code.decoders[16, True], (16, False): 2}
+    if arch == 80:
+        found = {M: predict.block_speedup(predict.GPUS["a100-40"], code, "llama-13b", M, predict.chosen) for M in (1, 16, 64, 512, 2048)}
+        assert all(found[M] > wanted for M, wanted in {1: 3.6, 16: 3.2, 64: 3.0, 512: 1.75, 2048: 1.75}.items()), found
+
+
+def test_predictions_are_marked_as_such(monkeypatch, capsys):
+    """Beside what was measured on the same GPU, where it was."""
+    code = predict.Code(None, {"128x64": [300, 500], "128x128": [600, 1000]}, {"128x64": 0.9}, {(8, True): 3, (16, False): 2})
+    monkeypatch.setattr(predict, "read_code", lambda arch: code)
+    monkeypatch.setattr(predict, "chosen", lambda gpu, code, M, N, K: ("decode_fused", 1) if M == 1 else ("128x64", 2))
+    predict.main(predict.parser().parse_args(["--models", "llama-13b", "--tokens", "1,512"]))
+    out = capsys.readouterr().out
+    assert out.startswith(predict.NOTE) and "128x64 90%" in out
+    a100, h100 = out.split("NVIDIA H100")
+    assert "measured at" not in a100 and "measured at cb8d166" in h100 and re.search(r"1 tokens .* \[20.7 / 10.8  1.91\]", h100)
+    with pytest.raises(UsageError, match="--gpu v100: not modelled; choose from a100-40"):
+        predict.main(predict.parser().parse_args(["--gpu", "v100"]))

@@ -152,6 +152,42 @@ def test_kernels_pass_on_what_is_not_finite(emulated, config, value):
     assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
+def between_codes(scale, levels):
+    """All numbers next to a boundary between two codes: (8, levels) float32, k + 1/2 steps and the floats around it."""
+    middle = ((torch.arange(levels) + 0.5).double() * scale).float()
+    return torch.cat([middle.view(torch.int32) + i for i in range(-4, 4)]).view(torch.float32).view(8, levels)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-3, 1.0, 3e4, 1e30, 3e38])
+def test_codes_are_those_of_a_division(emulated, size, per_token):
+    """By a reciprocal where nothing overflows, by the division elsewhere; rows that a block goes over once, and several times."""
+    columns, generator = 4160 if size == 1 else 300, torch.Generator().manual_seed(3)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        rows = 260 if size == 1 and dtype == torch.float32 else 5
+        x = (torch.rand(1, rows, columns, generator=generator) - 0.3) * size
+        if dtype == torch.float32:
+            x[0, 1, :2040] = 0
+            x[0, 1, 0] = scale = size * 0.7
+            found = between_codes(scale / 255, 255).flatten()[: columns - 1]
+            x[0, 1, 1 : 1 + len(found)] = found.clamp(max=scale)
+        x = x.to(dtype)
+        if not x.isfinite().all() or not x.any():
+            continue
+        codes, scale, zero = kernels.act_codes(x, 8, per_token)
+        memory = guarded(emulated, torch.full((1 << 21,), 255, dtype=torch.uint8), 256)
+        weight = kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in prepared(128, columns)))
+        call = (weight, (8, per_token, False), None, "128x16", 1, None, lambda n, memory=memory: memory, cuda.QUANTIZE)
+        emulated.emulator_settings(False, False)
+        cuda.launch(emulated, guarded(emulated, x), torch.empty(1, rows, 128, dtype=dtype), *call)
+        padded_rows, padded = -(-rows // 128) * 128, -(-columns // 64) * 64
+        found = memory[: rows * padded].view(rows, padded)
+        assert torch.equal(found[:, :columns].float(), codes[0]) and not found[:, columns:].any(), (size, dtype)
+        sums = memory[-(-rows * padded // 256) * 256 :].view(torch.int32)[: 3 * padded_rows].view(3, padded_rows)[:, :rows]
+        assert torch.equal(sums[0], codes[0].sum(-1).int()) and torch.equal(sums[2], zero.expand(1, rows, 1)[0, :, 0].int())
+        assert torch.equal(sums[1].contiguous().view(torch.float32), scale.expand(1, rows, 1)[0, :, 0])
+
+
 def test_kernels_refuse_what_they_cannot_take(emulated):
     """Every check of the launcher, by a call that is right but for one field."""
     memory = guarded(emulated, torch.zeros(1 << 16, dtype=torch.uint8), 256).data_ptr()
@@ -332,7 +368,9 @@ def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, set
     """From the file to the perplexity through all that runs on a GPU, but that an emulator runs the kernels."""
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
-    assert set(stand_in) == {"decode_fused", "128x64"}
+    assert set(stand_in) == {"decode_fused", "128x32", "128x64"}
+    passes, blocks, groups = 4, 4, 4  # two texts, a prompt and a step; q/k/v and gate/up are one product each
+    assert len(stand_in) == passes * blocks * groups
 
 
 def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
@@ -388,9 +426,26 @@ def test_measured_cells_come_first(emulated, monkeypatch):
         assert cuda.choose(emulated, *other) == cuda.choose(emulated, "unknown", *other[1:])
 
 
-def test_tuning_table_says_what_was_measured():
+def test_default_rules_keep_all_processors_busy(emulated):
+    """One tile each where there are as many; splits where there are few; small tiles where large ones would leave the last wave empty."""
+    for shape, wanted in (
+        ((64, 13824, 5120), ("128x64", 1)),  # 108 tiles
+        ((64, 5120, 13824), ("128x64", 5)),  # 40
+        ((256, 13824, 5120), ("128x128", 1)),  # 216, two on each
+        ((512, 5120, 5120), ("128x64", 1)),  # 320 small ones; of 160 large ones some processors would have two
+        ((17, 13824, 5120), ("128x32", 1)),
+        ((16, 5120, 5120), ("decode", 1)),
+    ):
+        assert cuda.choose(emulated, "some GPU", 108, *shape, shape[2]) == wanted, shape
+
+
+def test_tuning_table_says_what_was_measured(monkeypatch):
     tables = cuda.tables()
     assert tables["default"]["measured"] is False and "Not measured" in tables["default"]["note"]
+    monkeypatch.setattr(cuda, "tables", lambda: tables | {"GPU": {"measured": True}})
+    assert cuda.chosen_by("GPU") == {"table": "GPU", "measured": True}
+    assert cuda.chosen_by("other") == {"table": "default", "measured": False}
+    monkeypatch.undo()
     for name, table in tables.items():
         for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
             assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant import Batch, QuantLinear, fake_quant_act, find_grid, from_int, replace_linears, rtn, to_int
+from quant import Batch, QuantLinear, fake_quant_act, find_grid, from_int, put_together, replace_linears, rtn, to_int
 from recipe import Recipe
 
 SHAPES = [(-1, 24), (8, 24), (7, 24), (1, 5), (24, 24), (64, 24)]  # groupsize, columns: whole rows, dividing, ragged, single, one, too wide
@@ -228,3 +228,24 @@ def test_a_copied_block_keeps_its_own_batch(by_keyword):
     torch.testing.assert_close(run(copied, x), one_by_one)
     assert (copied.fc1.batch.size, batch.size) == (4, 1)
     torch.testing.assert_close(run(original, x), one_by_one)
+
+
+def test_linears_put_together_read_an_input_once():
+    """In any order, a part of them twice, and another input after a pass that did not end."""
+    block = nn.ModuleDict({name: nn.Linear(3, rows) for name, rows in (("q", 2), ("k", 4), ("o", 5))})
+    q, k, o = block["q"], block["k"], block["o"]
+    whole = nn.Linear(3, 6)
+    whole.weight.data, whole.bias.data = torch.cat([q.weight, k.weight]).detach(), torch.cat([q.bias, k.bias]).detach()
+    seen = []
+    whole.register_forward_hook(lambda module, args, y: seen.append(args[0]))
+    put_together(block, ("q", "k"), whole, [2, 4])
+    put_together(block, ("o",), o, [5])
+    x, other = torch.randn(2, 7, 3)
+    for name, linear in (("q", q), ("k", k), ("k", k), ("q", q), ("o", o)):
+        torch.testing.assert_close(block[name](x), linear(x))
+    assert len(seen) == 2 and block["o"] is o
+    for name, linear in (("k", k), ("k", k)):  # nobody asked for q
+        torch.testing.assert_close(block[name](x), linear(x))
+    for name, linear in (("q", q), ("k", k)):
+        torch.testing.assert_close(block[name](other), linear(other))
+    assert len(seen) == 5 and block["q"].together.x is None

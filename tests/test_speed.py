@@ -1,8 +1,10 @@
 """Decoding and reading prompts: the logits are those of model(ids), whatever cache and way; bench.timing on a CPU."""
 
 import gc
+import time
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +93,38 @@ def test_times_are_per_call():
     calls = []
     found = timing.timed([lambda: calls.append(1), lambda: calls.append(2)], CPU, graph=False, rounds=4)
     assert calls == [1, 2] * 5 and found["p20"] <= found["median"] <= found["p80"]
+
+
+def test_contenders_take_turns_and_one_that_fails_stops_none():
+    seen = []
+
+    def fails():
+        seen.append("c")
+        if len(seen) > 8:
+            raise RuntimeError("illegal access\nand more")
+
+    contenders = {"a": ([lambda: seen.append("a")], True), "b": ([lambda: seen.append("b")], False), "c": ([fails], True)}
+    found = timing.both_ways_in_turn(contenders, CPU)
+    assert "".join(seen) == "abc" + "abc" * 2 + "ab" * 5
+    assert found["c"] == {"graph": None, "eager": None, "reason": "eager: RuntimeError: illegal access"}
+    assert all(set(found[name]["eager"]) == {"median", "p20", "p80"} and found[name]["reason"] is None for name in "ab")
+
+
+def test_clocks_are_read_while_it_runs(tmp_path, monkeypatch):
+    """By a stand-in for nvidia-smi, which prints a line, another one, part of one, and waits."""
+    program = tmp_path / "nvidia-smi"
+    lines = ["echo 1980 MHz, 2619 MHz, 410.5 W, 51", "echo 1755 MHz, 2619 MHz, [N/A], 53", "printf '1755 M'", "exec sleep 60"]
+    program.write_text("\n".join(["#!/bin/sh", *lines]))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
+    with timing.watched(torch.device("cuda", 0)) as clocks:
+        time.sleep(0.3)
+    memory = {"clocks.mem MHz": [2619, 2619, 2619], "power.draw W": [410.5] * 3, "temperature.gpu": [51, 52, 53]}
+    assert clocks == memory | {"clocks.sm MHz": [1755, 1867.5, 1980]}
+    with timing.watched(CPU) as clocks:
+        pass
+    assert clocks == {}
 
 
 def test_ceilings_are_of_this_machine():

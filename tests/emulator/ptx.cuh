@@ -150,7 +150,6 @@ inline uint8_t byte(uint32_t word, int i) { return word >> (8 * i); }
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::block, blockDim.x); }
-inline void __threadfence() {}
 template <class T> T atomicAdd(T* to, T v) { T old = *to; *to += v; return old; }
 
 inline void mma_u8(uint32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -194,6 +193,11 @@ void cp_async_wait() {
 
 inline uint4 load_once(const uint4* from) { return *from; }
 inline uint32_t load_shared_by_blocks(const uint32_t* from) { return *from; }
+inline uint32_t take_ticket(uint32_t* counter, int all) {
+  uint32_t before = *counter;
+  *counter = before >= static_cast<uint32_t>(all - 1) ? 0 : before + 1;
+  return before;
+}
 
 template <class F>
 int warp_reduce(const char* name, int v, F f) {
@@ -206,6 +210,7 @@ inline int warp_min(int v) { return warp_reduce("min", v, min); }
 inline int warp_max(int v) { return warp_reduce("max", v, max); }
 inline int warp_sum(int v) { return warp_reduce("sum", v, [](int a, int b) { return a + b; }); }
 inline int shuffle_xor(int v, int mask) { return emulator::together("shuffle", {static_cast<uint32_t>(v)})[threadIdx.x % 32 ^ mask][0]; }
+inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
 inline uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 4; ++i) c += emulator::byte(a, i) * emulator::byte(b, i);
   return c;
@@ -233,7 +238,7 @@ inline void from_float(float& to, float v) { to = v; }
 constexpr int kMaxShared = 99 * 1024;
 
 template <class... Parameters>
-int can_run(void (*)(Parameters...)) { return 0; }
+int make_ready(void (*)(Parameters...), bool) { return 0; }
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int bytes, void* stream, Arguments... args) {

@@ -1,0 +1,270 @@
+"""Predict how fast the kernels are, without a GPU: python -m bench.predict [--gpu NAMES] [--models NAMES] [--tokens M,...] [--best]
+
+A MODEL, not a measurement, and never to stand in a table of results.  It takes the kernels' machine code and a replay of their main loops
+(machine_code.py), the tables that choose a kernel (kernels/tuning.json), and what it assumes of each GPU (GPUS): clocks under load, the
+bandwidth that can be had, the time between two kernels of a CUDA graph, and cuBLAS.  Use it to compare two states of the code.  Where
+results/gpu_check has times of the same GPU they stand beside the prediction, with the commit that they were measured at.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench import machine_code, shapes
+from bench.linears import numbers
+from bench.tune import candidates
+from kernels import build, cuda
+from recipe import UsageError
+
+MEASURED = Path(__file__).parent.parent / "results" / "gpu_check"
+TOKENS = (1, 16, 64, 256, 512, 2048)
+NOTE = "A MODEL of the kernels' machine code, not a measurement."
+
+
+@dataclass(frozen=True)
+class GPU:
+    product: str  # as PyTorch names it
+    arch: int
+    processors: int
+    ghz: float  # under load
+    bandwidth: float  # bytes per us, as can be reached
+    l2_bytes: float
+    l2_bandwidth: float
+    gap: float  # us from the end of a kernel to the next one's start, in a CUDA graph
+    l2_cycles: int  # latency
+    memory_cycles: int
+    float16: float  # TFLOP/s of cuBLAS on large products
+    scale_operations: float  # operations of a product from which on cuBLAS reaches that, or 0
+    derate: float = 0.87  # of the replayed loop, what a real kernel reaches: CUTLASS int8 on an A100
+
+    def us(self, cycles):
+        return cycles / (self.ghz * 1e3)
+
+
+GPUS = {
+    "a100-40": GPU("NVIDIA A100-SXM4-40GB", 80, 108, 1.38, 1.40e6, 40e6, 3.6e6, 1.3, 280, 650, 258, 0),
+    "a100-80": GPU("NVIDIA A100-SXM4-80GB", 80, 108, 1.38, 1.75e6, 40e6, 3.6e6, 1.3, 280, 650, 258, 0),
+    "h100": GPU("NVIDIA H100 80GB HBM3", 90, 132, 1.70, 2.95e6, 50e6, 5.5e6, 1.1, 290, 750, 690, 4e11),
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """The kernels of one architecture."""
+
+    library: object  # bound
+    cycles: dict  # {tile config: [of a step of 64 columns, by blocks on a multiprocessor]}
+    shares: dict  # {tile config: share of the tensor cores' rate with all blocks that fit}
+    decoders: dict  # {(most tokens, fused): blocks on a multiprocessor}
+
+
+@functools.cache
+def read_code(arch):
+    """The Code of the kernels as they are, compiled if need be."""
+    library = build.build(str(arch))
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = machine_code.kernels(library, folder)
+    cycles, shares, decoders = {}, {}, {}
+    for kernel in kernels:
+        if "decode_kernel" in kernel.name and not kernel.parameters[2]:
+            tokens, fused, _ = kernel.parameters
+            decoders[tokens, bool(fused)] = machine_code.blocks_that_fit(kernel.registers, 256, 8 * tokens * 36 * 4 + 8192 * fused)
+        elif "tile_kernel" in kernel.name and not kernel.parameters[5]:
+            n, m, warp_n, warp_m, stages, _ = kernel.parameters
+            warps = n // warp_n * (m // warp_m)
+            shared_bytes = max(stages * (n * 32 + m * 64), warp_m * (n + 4) * 4)
+            (loop,) = kernel.loops("IMMA")
+            steps = sum(i.name == "IMMA" for i in loop) / (warp_n * warp_m / 64)  # nvcc may have unrolled it
+            fit = machine_code.blocks_that_fit(kernel.registers, 32 * warps, shared_bytes)
+            found = [machine_code.replay(loop, warps, blocks, arch) for blocks in range(1, fit + 1)]
+            cycles[f"{n}x{m}"], shares[f"{n}x{m}"] = [replayed.cycles / steps for replayed in found], found[-1].tensor
+    return Code(cuda.bind(library), cycles, shares, decoders)
+
+
+# ---------------------------------------------------------------------------
+# Times in us of a product of M tokens with a weight of N rows and K columns
+
+
+def float16_us(gpu, M, N, K):
+    """cuBLAS: its roofline, with the waves of the best of some tiles."""
+    efficiency = 0
+    for tile_m, tile_n, rate in ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (64, 128, 0.82), (64, 64, 0.65)):
+        tiles_m, tiles = -(-M // tile_m), -(-M // tile_m) * -(-N // tile_n)
+        for splits in (1, 2, 3, 4):
+            waves = tiles * splits / gpu.processors
+            efficiency = max(efficiency, rate * waves / math.ceil(waves) * (1 if splits == 1 else 0.92) * M / (tiles_m * tile_m))
+    bandwidth = gpu.bandwidth * (0.97 if M <= 16 else 0.93 if M <= 64 else 0.9)
+    operations = 2 * M * N * K
+    peak = gpu.float16 * (0.8 + 0.2 * min(1, operations / gpu.scale_operations) if gpu.scale_operations else 1)
+    return gpu.gap + 1.5 + max(2 * (N * K + M * K + M * N) / bandwidth, operations / (peak * 1e6 * efficiency))
+
+
+def in_l2(gpu, size):
+    return size < 0.6 * gpu.l2_bytes
+
+
+# Of the quantizer: cycles of eight elements of one thread, one behind another; elements a cycle that a multiprocessor takes, to find their
+# range, and their codes; cycles around all that.
+CHAIN, RANGE_RATE, RATE, AROUND = 200, 24, 8, 900
+
+
+def quantizer_us(gpu, M, K):
+    """Both passes over x, one sequence of M tokens; one where it is a single token."""
+    size, few = 2 * M * K, M <= 256
+    read = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
+    parts = max(1, min(256 // M, K // 2048)) if few and M > 1 else 1
+    width = K / parts
+
+    def row(columns, rate):
+        """A block's cycles for so many columns of a row: batches of loads, then what its threads do, side by side and one by one."""
+        threads = min(1024, math.ceil(columns / 8)) if few else 256
+        eights = math.ceil(columns / (8 * threads))
+        return math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, columns / rate)
+
+    rows = math.ceil(M / 1024)
+    ranges = gpu.gap + max(gpu.us(rows * row(K, RANGE_RATE) + 700), read + 1) if M > 1 else 0
+    alone = gpu.us(row(width, RATE) + AROUND + (K / RANGE_RATE if M == 1 else 0))
+    together = M * K / (gpu.processors * RATE * gpu.ghz * 1e3) + gpu.us(AROUND)
+    return ranges + gpu.gap + max(alone, together, read + M * K / gpu.bandwidth + 1)
+
+
+@functools.cache
+def shared_bandwidth_us(gpu, blocks, slots, block_bytes, quantized, round_us, end):
+    """Until `blocks` blocks have read block_bytes each, `slots` at a time, and share the memory's bandwidth.
+
+    A warp asks for 4 KB at a time, every round_us; no block gets more than its first 32 KB before it has quantized x.
+    """
+    step, now, waiting, first = 0.1, 0.0, blocks, gpu.us(gpu.memory_cycles)
+    got, start, finished = np.zeros(0), np.zeros(0), np.zeros(0)
+    while waiting or len(got):
+        new = min(waiting, slots - len(got))
+        waiting -= new
+        got, start, finished = (np.append(a, np.full(new, v)) for a, v in ((got, 0.0), (start, now), (finished, np.inf)))
+        age = now - start
+        most = np.where(age >= max(quantized, first), block_bytes, min(block_bytes, 32768))
+        wanted = np.where(age >= first, np.clip(most - got, 0, 32768 / round_us * step), 0)
+        got += wanted * min(1, gpu.bandwidth * step / max(wanted.sum(), 1))
+        done = (got >= block_bytes - 1) & (age >= max(quantized, first)) & np.isinf(finished)
+        finished[done] = now + end
+        live = now < finished
+        got, start, finished = got[live], start[live], finished[live]
+        now += step
+    return now
+
+
+def decode_us(gpu, code, M, N, K, config, splits):
+    most, fused = 8 if M <= 8 else 16, config == "decode_fused"
+    quantized = gpu.us(M * (math.ceil(K / 8192) * gpu.l2_cycles + math.ceil(K / 2048) * CHAIN) + AROUND) if fused else 0
+    slots = code.decoders[most, fused] * gpu.processors
+    round_us = gpu.us(gpu.memory_cycles + (430 if most == 8 else 650))
+    end = gpu.us(500 + 2200 * (splits > 1))
+    return gpu.gap + 0.5 + shared_bandwidth_us(gpu, -(-N // 32) * splits, slots, 16 * K / splits, quantized, round_us, end)
+
+
+def tile_us(gpu, code, M, N, K, config, splits):
+    n, m = cuda.CONFIGS[config]
+    tiles, steps, cycles = -(-N // n) * -(-M // m), math.ceil(K / 64 / splits), code.cycles[config]
+    blocks, busy = tiles * splits, 0
+    start = gpu.us(gpu.memory_cycles + 900) * (0.5 if len(cycles) > 1 else 1)
+    for first in range(0, blocks, len(cycles) * gpu.processors):
+        wave = min(blocks - first, len(cycles) * gpu.processors)
+        busy += gpu.us(steps * cycles[-(-wave // gpu.processors) - 1]) / gpu.derate + start
+    from_l2 = blocks * steps * (n * 32 + m * 64) / gpu.l2_bandwidth
+    moved = (N * K / 2 + M * K * (not in_l2(gpu, M * K)) + 2 * M * N) / (gpu.bandwidth * 0.95)
+    gather = tiles * splits * n * m * 2 / gpu.l2_bandwidth + gpu.us(splits * max(600, n * m / 12) + 1500) if splits > 1 else 0
+    return gpu.gap + gpu.us(gpu.memory_cycles) + 0.8 + max(busy, from_l2, moved) + gather
+
+
+def linear_us(gpu, code, M, N, K, config, splits):
+    """Quantization and product."""
+    product = (decode_us if config.startswith("decode") else tile_us)(gpu, code, M, N, K, config, splits)
+    return product + (0 if config == "decode_fused" else quantizer_us(gpu, M, K))
+
+
+def chosen(gpu, code, M, N, K):
+    """(config, splits) of the tables."""
+    return cuda.choose(code.library, gpu.product, gpu.processors, M, N, K, K)
+
+
+def best(gpu, code, M, N, K):
+    """(config, splits) that is fastest in this model."""
+    return min(candidates(code.library, M, N, K, K), key=lambda c: linear_us(gpu, code, M, N, K, *c))
+
+
+# ---------------------------------------------------------------------------
+# Tables
+
+
+def measured(gpu):
+    """{(rows, columns, tokens, contender): us} and the commit, of results/gpu_check, or {} and None."""
+    path = MEASURED / f"{gpu.product.replace(' ', '_')}_bench.json"
+    if not path.exists():
+        return {}, None
+    report = json.loads(path.read_text())
+    cells = {(c["rows"], c["columns"], c["tokens"], c["contender"]): c["graph"]["median"] for c in report["cells"] if c["graph"]}
+    return cells, report["about"]["commit"][:7]
+
+
+def table(gpu, code, names, tokens, choose):
+    """Lines: a linear each, its cells predicted float16 us / W4A8 us, speedup, kernel; measured times in brackets behind."""
+    times, commit = measured(gpu)
+    yield f"us of float16 / W4A8, speedup, kernel/splits{f'; in brackets measured at {commit}' if times else ''}"
+    for N, K in dict.fromkeys(shape for name in names for shape in shapes.linears(name)):
+        for M in tokens:
+            choice = choose(gpu, code, M, N, K)
+            base, ours = float16_us(gpu, M, N, K), linear_us(gpu, code, M, N, K, *choice)
+            found = [times.get((N, K, M, contender)) for contender in ("float16", "w4a8")]
+            beside = "   [{:.1f} / {:.1f}  {:.2f}]".format(*found, found[0] / found[1]) if all(found) else ""
+            yield f"  {N:6} x {K:5}  {M:5} tokens  {base:7.1f} / {ours:7.1f}  {base / ours:5.2f}  {'{}/{}'.format(*choice):14}{beside}"
+
+
+def block_speedup(gpu, code, name, M, choose):
+    """Of all linears of a block, q/k/v and gate/up as one each."""
+    linears = shapes.block_linears(name, fused=True)
+    base = sum(float16_us(gpu, M, N, K) for N, K in linears)
+    return base / sum(linear_us(gpu, code, M, N, K, *choose(gpu, code, M, N, K)) for N, K in linears)
+
+
+def main(args):
+    for name in args.gpu.split(","):
+        if name not in GPUS:
+            raise UsageError(f"--gpu {name}: not modelled; choose from {', '.join(GPUS)}")
+    models = args.models.split(",")
+    print(NOTE)
+    for name in args.gpu.split(","):
+        gpu, choose = GPUS[name], best if args.best else chosen
+        code = read_code(gpu.arch)
+        print(f"\n{gpu.product}, {'the fastest kernels of this model' if args.best else 'the kernels that would run'}")
+        loops = "  ".join(f"{config} {share:.0%}" for config, share in code.shares.items())
+        print(f"main loops, share of the rate of mma.sync: {loops}")
+        print(*table(gpu, code, models, args.tokens, choose), sep="\n")
+        print(f"{'linears of a block':24}" + "".join(f"{M:8}" for M in args.tokens))
+        for model in models:
+            print(f"{model:24}" + "".join(f"{block_speedup(gpu, code, model, M, choose):8.2f}" for M in args.tokens), flush=True)
+
+
+def parser():
+    parser = argparse.ArgumentParser("python -m bench.predict", description=f"{NOTE} It needs nvcc, and no GPU.")
+    parser.add_argument("--gpu", default="a100-40,h100", metavar="NAMES", help=f"of {', '.join(GPUS)} (default %(default)s)")
+    parser.add_argument(
+        "--models", default="llama-13b,llama-30b,opt-30b", metavar="NAMES", help="as in bench.linears (default %(default)s)"
+    )
+    parser.add_argument("--tokens", type=numbers, default=TOKENS, metavar="M,...", help="of one sequence (default 1 to 2048)")
+    parser.add_argument("--best", action="store_true", help="take the kernel that the model finds fastest, not the one of the tables")
+    return parser
+
+
+if __name__ == "__main__":
+    p = parser()
+    try:
+        main(p.parse_args())
+    except (build.BuildError, UsageError) as e:
+        p.exit(2, f"{p.prog}: error: {e}\n")
+    sys.exit()
