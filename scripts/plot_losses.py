@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipe import UsageError
 from run.flags import Parser
-from run.report import DEFAULTS, recipe_name
+from run.report import DEFAULTS, recipe_name, spread
 from run.report import table as markdown
 from scripts.table import column, common_protocol, corpus_protocol, read, row_order
 
@@ -33,7 +33,7 @@ def bits(recipe):
 
 
 def perplexities(runs):
-    """({corpus: ppl of the unquantized model}, [row], {bit width: {row: {corpus: ppl}}}).
+    """({corpus: ppl of the unquantized model}, [row], {bit width: {row: {corpus: [ppl of each seed]}}}).
 
     Rows are recipes without their bits; bit widths come in the order of many bits to few.
 
@@ -57,14 +57,16 @@ def perplexities(runs):
     widths = sorted({(-run["recipe"]["wbits"], -run["recipe"]["act_bits"]) for run in quantized})
     found = {f"W{-w}A{-a}": {} for w, a in widths}
     for run in quantized:
-        found[bits(run["recipe"])][row_name(run)] = {corpus: run["results"]["perplexity"][corpus]["ppl"] for corpus in corpora}
+        cell = found[bits(run["recipe"])].setdefault(row_name(run), {corpus: [] for corpus in corpora})
+        for corpus in corpora:
+            cell[corpus].append(run["results"]["perplexity"][corpus]["ppl"])
     base = {corpus: full[0]["results"]["perplexity"][corpus]["ppl"] for corpus in corpora}
     return base, list(dict.fromkeys(map(row_name, quantized))), found
 
 
 def row_name(run):
     recipe = run["recipe"]
-    return recipe_name(recipe | {"min": DEFAULTS["min"]}).replace(f" {bits(recipe)}", "")
+    return recipe_name(recipe | {"min": DEFAULTS["min"]}).replace(f" {bits(recipe)}", "").replace("act_pertoken", "per token")
 
 
 def row_of(run):
@@ -74,11 +76,18 @@ def row_of(run):
 
 
 def perplexity_table(full, names, found):
-    """Markdown: rows are recipes, columns are bit widths and texts; a cell without a run says so."""
+    """Markdown: rows are recipes, columns are bit widths and texts; a cell without a run says so.
+
+    Of several seeds, mean ± half the range (how many).
+    """
+
+    def shown(values):
+        return spread(values, 2) + f" ({len(values)})" * (len(values) > 1)
+
     columns = [(width, corpus) for width in found for corpus in full]
     rows = [["unquantized", *(f"{full[corpus]:.2f}" for _, corpus in columns)]]
     for name in names:
-        rows.append([name, *(f"{found[width][name][corpus]:.2f}" if name in found[width] else NOT_RUN for width, corpus in columns)])
+        rows.append([name, *(shown(found[width][name][corpus]) if name in found[width] else NOT_RUN for width, corpus in columns)])
     return markdown(["perplexity", *(f"{width} {corpus}" for width, corpus in columns)], rows)
 
 
@@ -133,7 +142,9 @@ def main(args):
     runs = read(args.folders)
     full, rows, found = perplexities(runs)
     panels = {
-        width: {row: {corpus: [math.log(ppl / full[corpus])] for corpus, ppl in cell.items()} for row, cell in cells.items()}
+        width: {
+            row: {corpus: [math.log(ppl / full[corpus]) for ppl in found] for corpus, found in cell.items()} for row, cell in cells.items()
+        }
         for width, cells in found.items()
     }
     draw(panels, rows, column(next(iter(runs.values()))), args.out)
