@@ -142,9 +142,7 @@ def main(args):
     runs = read(args.folders)
     full, rows, found = perplexities(runs)
     panels = {
-        width: {
-            row: {corpus: [math.log(ppl / full[corpus]) for ppl in found] for corpus, found in cell.items()} for row, cell in cells.items()
-        }
+        width: {row: {name: [math.log(ppl / full[name]) for ppl in seeds] for name, seeds in cell.items()} for row, cell in cells.items()}
         for width, cells in found.items()
     }
     draw(panels, rows, column(next(iter(runs.values()))), args.out)
