@@ -27,6 +27,7 @@ QUANTIZE, MULTIPLY, BOTH = 1, 2, 3  # Steps of w4a8.cu
 COLUMNS_PER_SPLIT = 1024  # fewer are not worth the sum over splits
 # Of a tile, in steps of 64 columns: what a block alone on a multiprocessor takes for one, and the sum over splits for each, and once more.
 ALONE, GATHER = 1.3, 12
+SLAB_BYTES = 16 << 20  # what splits leave for the sum over them: it shall stay in the L2 cache
 
 
 class Call(ctypes.Structure):
@@ -102,14 +103,23 @@ def splits(config, tokens, rows, columns, groupsize, blocks):
 def fitting(costs, processors, tokens, rows, columns, groupsize):
     """(config, splits) with which the busiest multiprocessor has least to do.  costs: {config: of an element of its tiles, relative}."""
 
+    def tiles(config):
+        n, m = CONFIGS[config]
+        return -(-rows // n) * -(-tokens // m), n * m
+
     def work(choice):
         config, parts = choice
-        n, m = CONFIGS[config]
-        blocks = -(-(-(-rows // n) * -(-tokens // m) * parts) // processors)
+        count, size = tiles(config)
+        blocks = -(-count * parts // processors)
         steps = max(blocks, ALONE) * -(-columns // (64 * parts)) + (GATHER * (parts + 1) if parts > 1 else 0)
-        return costs[config] * n * m * steps
+        return costs[config] * size * steps
 
-    return min(((config, parts) for config in costs for parts in range(1, most_splits(columns, groupsize) + 1)), key=work)
+    def choices(config):
+        count, size = tiles(config)
+        most = min(most_splits(columns, groupsize), SLAB_BYTES // (count * size * 4))
+        return ((config, parts) for parts in range(1, max(1, most) + 1))
+
+    return min((choice for config in costs for choice in choices(config)), key=work)
 
 
 def choose(library, gpu, processors, tokens, rows, columns, groupsize):

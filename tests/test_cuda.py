@@ -415,6 +415,8 @@ def test_default_rules_know_every_layer(emulated, processors, groupsize):
             config, parts = cuda.choose(emulated, "some GPU", processors, tokens, rows, columns, groupsize or columns)
             assert cuda.takes(emulated, config, parts, tokens, rows, columns, groupsize or columns)
             assert (tokens <= 16) == config.startswith("decode")
+            n, m = cuda.CONFIGS[config]
+            assert parts == 1 or -(-rows // n) * -(-tokens // m) * parts * n * m * 4 <= cuda.SLAB_BYTES
 
 
 def test_measured_cells_come_first(emulated, monkeypatch):
