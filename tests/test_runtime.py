@@ -135,11 +135,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     path.write_text("the old one")
 
-    def full(content, f, **kwargs):
-        f.write('{"half')
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runtime.json, "dump", full)
+    monkeypatch.setattr(runtime.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {})
     assert [p.read_text() for p in tmp_path.iterdir()] == ["the old one"]
