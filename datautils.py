@@ -196,6 +196,9 @@ def load_text(recipe, corpora, tokenizer, texts, clock, calibration_done=None, e
         data_dir, field = texts
         found = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir, eval_windows, field) for name in corpora}
     protocol = {"calibration": used, "evaluation": {name: how for name, (_, how) in found.items()}}
+    sources = [how["source"] for how in [used if calibrates else None, *protocol["evaluation"].values()] if how]
+    if field != "text" and sources and not any(repr(field) in source for source in sources):
+        raise UsageError(f"--text_field {field}: none of these texts has fields ({', '.join(sources)}); leave it out")
     return ids, {name: tokens for name, (tokens, _) in found.items()}, protocol
 
 

@@ -13,7 +13,8 @@ from test_datautils import fails, ids_of, toy_tokenizer
 
 import datautils
 import opt
-from recipe import UsageError
+from recipe import Recipe, UsageError
+from runtime import Clock
 
 TEXTS = [" a\u2028b \n", 'é, "quoted"', "", "three\r\nlines\n", "x" * 200_000]  # the last is longer than the csv module takes by itself
 
@@ -157,3 +158,13 @@ def test_a_bare_demo_command_hints_at_the_demos_text(run_script, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: pytest.fail("the hub is asked"))
     status, out, err = run_script(opt, Path(opt.__file__).parent / "demo/opt")
     assert status == 2 and len(err) == 1 and "--data_dir" in err[0] and "--calib_data world --eval world" in err[0], err
+
+
+def test_a_field_that_no_text_has_is_an_error(tmp_path):
+    write(tmp_path / "mine/test.json", TEXTS, "body")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/test.txt").write_text("a b c d e f")
+    recipe, clock = Recipe(seqlen=4), Clock("cpu")
+    assert datautils.load_text(recipe, ("mine", "plain"), toy_tokenizer, (tmp_path, "body"), clock)[0] is None
+    with fails(UsageError, "--text_field body", "plain/test.txt", "leave it out"):
+        datautils.load_text(recipe, ("plain",), toy_tokenizer, (tmp_path, "body"), clock)
