@@ -1,4 +1,4 @@
-"""Quantize a LLaMA, Mistral or Qwen model block by block and evaluate zero-shot tasks of lm-evaluation-harness.
+"""Quantize a LLaMA or one of its relatives block by block and evaluate zero-shot tasks of lm-evaluation-harness.
 
 python main.py meta-llama/Llama-2-7b --tasks piqa,arc_easy,boolq,copa --table_results --method full
 python main.py meta-llama/Llama-2-7b --calib_data c4 --tasks piqa,copa --table_results --wbits 4 --act_bits 8 --method awrq --smooth

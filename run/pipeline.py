@@ -182,10 +182,9 @@ def open_quantized(run, subject, device):
 
 
 def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
-    """Quantize, printing the output errors of each block, and write --save: the quantized Decoder, and {"layers": [Layer], "tuning": what
-    tuned gives, or []}.
+    """Quantize block by block, print the output errors of each, and write --save.  calibration: the protocol of ids.
 
-    calibration: the protocol of ids.
+    Returns the quantized Decoder, and {"layers": [Layer], "tuning": the divergence at every step of tuning, or []}.
     """
     recipe, layers = subject.recipe, []
     if recipe.rotate:
@@ -193,12 +192,12 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
         if more := untying(decoder):
             print(f"rotated: the head, tied to the embedding before, is a matrix of its own now and takes {more / 2**20:.1f} MiB")
     with ExitStack() as stack:
-        partial = stack.enter_context(new_folder(run.save)) if run.save else None
+        unfinished = stack.enter_context(new_folder(run.save)) if run.save else None
         if run.checkpoint_dir:
             identity = run_identity(decoder, ids, recipe, clock.device, walk_batch)
             store = ResumableStore(decoder, recipe, run.checkpoint_dir, identity)
         else:
-            store = Store(decoder, recipe, partial)
+            store = Store(decoder, recipe, unfinished)
         place = calibration_place(decoder, ids, recipe, clock.device)
         print(f"calibration sequences are kept {place}")
         for done in quantize_blocks(decoder, ids, recipe, store, place, walk_batch, clock):
@@ -208,8 +207,8 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
         divergence = tuned(store, ids, clock) if recipe.tune_steps else []
         if run.save:
             with clock("writing"):
-                store.finish(partial, subject.tokenizer, {"model": subject.model, "calibration": calibration})
-                check_saved(partial)
+                store.finish(unfinished, subject.tokenizer, {"model": subject.model, "calibration": calibration})
+                check_saved(unfinished)
     if run.save:
         store.folder = store.folder if run.checkpoint_dir else Path(run.save)
         print(f"{run.save}: {store.size()}; {size_line(tensor_bytes(run.save), decoder.family)}")
