@@ -128,14 +128,20 @@ def link_or_copy(source, target):
 # The store
 
 
+def frozen(linear, packed, in_scale, recipe):
+    """A QuantLinear with the dequantized weight, as it computes, and with what it was made of; packed, in_scale: see finished_linear."""
+    linear.in_scale, linear.stored = in_scale, packed
+    linear.freeze(recipe.acts)
+    return linear
+
+
 def finished_linear(linear, codes, packed, in_scale, recipe, kernel):
     """What computes a quantized linear: an IntLinear with a kernel, where the integer op takes it, else the frozen QuantLinear.
 
     linear: a QuantLinear with the dequantized weight; codes: (codes (R, C) uint8, Grid); packed: {part: tensor}, as they are stored;
     kernel: of kernels.w4a8_linear, or None.
     """
-    linear.in_scale, linear.stored = in_scale, packed
-    linear.freeze(recipe.acts)
+    linear = frozen(linear, packed, in_scale, recipe)
     return IntLinear([linear], [codes], kernel) if kernel and computes_integers(recipe) else linear
 
 
@@ -229,8 +235,7 @@ class Store:
         in_scales = {name: tensors.pop(f"{name}.in_scale", None) for name in linears}
         assign(block, without_codes(tensors, linears) | {f"{name}.weight": from_int(*pair) for name, pair in codes.items()})
         for name, linear in linears.items():
-            linear.in_scale, linear.stored = in_scales[name], {part: tensors[f"{name}.{part}"] for part in PARTS}
-            linear.freeze(recipe.acts)
+            frozen(linear, {part: tensors[f"{name}.{part}"] for part in PARTS}, in_scales[name], recipe)
         if self.kernel and computes_integers(recipe):
             for group in self.original.family.groups:
                 if names := [name for name in group.linears if name in linears]:
