@@ -110,8 +110,8 @@ def check_vocabulary(config, texts):
 
 
 def first_lines(error):
-    """The first line of an error's message, and those that it announces with a colon."""
-    return " ".join(re.match(r"(.*:\n)*.*", str(error).strip())[0].split()).rstrip(".")
+    """The first line of an error's message, and those that it announces with a colon; the error's type if it has no message."""
+    return " ".join(re.match(r"(.*:\n)*.*", str(error).strip())[0].split()).rstrip(".") or type(error).__name__
 
 
 # ---------------------------------------------------------------------------

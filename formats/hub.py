@@ -4,6 +4,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from modelutils import first_lines
 from recipe import UsageError
 
 
@@ -18,7 +19,9 @@ def check_push(repo, token=None):
     except LocalTokenNotFoundError as e:
         raise UsageError(f"--push_to_hub {repo}: there is no token of the hub here; `hf auth login` asks for one") from e
     except Exception as e:  # whatever the network or the hub's client raise
-        raise UsageError(f"--push_to_hub {repo}: the hub does not take this token, or cannot be reached ({first_line(e)})") from e
+        raise UsageError(f"--push_to_hub {repo}: the hub does not take this token, or cannot be reached ({first_lines(e)})") from e
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UsageError(f"--push_to_hub {repo}: this token may only read; make one that may write, and give it to `hf auth login`")
     owner = repo.partition("/")[0] if "/" in repo else user["name"]
     owners = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
     if owner not in owners:
@@ -36,12 +39,10 @@ def upload(folder, repo, token=None, **arguments):
 
 
 def push(folder, repo):
-    """Send a finished folder.  Raises OSError that says how to send it again."""
+    """Send a finished folder: the repository's full name.  Raises OSError that says how to send it again."""
     try:
-        upload(folder, create_repo(repo))
+        full_name = create_repo(repo)
+        upload(folder, full_name)
     except Exception as e:  # whatever the hub, the network or its client raise: the folder is there
-        raise OSError(f"--push_to_hub {repo}: not sent ({first_line(e)}); {folder} is complete: hf upload {repo} {folder}") from e
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise OSError(f"--push_to_hub {repo}: not sent ({first_lines(e)}); {folder} is complete: hf upload {repo} {folder}") from e
+    return full_name

@@ -298,5 +298,4 @@ def publish(run, measured):
     for folder in written if measured else ():
         add_results(folder, measured)
     if run.push_to_hub:
-        push(written[0], run.push_to_hub)
-        print(f"{written[0]}: sent to https://huggingface.co/{run.push_to_hub}")
+        print(f"{written[0]}: sent to https://huggingface.co/{push(written[0], run.push_to_hub)}")

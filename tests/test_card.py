@@ -103,11 +103,16 @@ def test_in_which_arithmetic_a_loaded_model_computes(cli, tmp_path, corpora):
 def test_sending_a_finished_folder(cli, tiny_opt, tmp_path, corpora, monkeypatch):
     """The token is looked at before anything long; the folder that is sent has its numbers."""
     sent = []
-    monkeypatch.setattr("run.pipeline.push", lambda folder, repo: sent.append((folder, repo, Path(folder, "README.md").read_text())))
+
+    def push(folder, repo):
+        sent.append((folder, repo, Path(folder, "README.md").read_text()))
+        return f"me/{repo}"
+
+    monkeypatch.setattr("run.pipeline.push", push)
     monkeypatch.setattr("run.checks.check_push", lambda repo: sent.append(repo))
-    arguments = (tiny_opt, *AWRQ, *TEXT, "--data_dir", corpora, "--eval", "own", "--push_to_hub", "me/x")
+    arguments = (tiny_opt, *AWRQ, *TEXT, "--data_dir", corpora, "--eval", "own", "--push_to_hub", "x")
     status, out, err = cli(*arguments, "--save", tmp_path / "saved")
-    assert status == 0 and sent[0] == "me/x" and sent[1][:2] == (str(tmp_path / "saved"), "me/x") and "perplexity" in sent[1][2], err
+    assert status == 0 and sent[0] == "x" and sent[1][:2] == (str(tmp_path / "saved"), "x") and "perplexity" in sent[1][2], err
     assert "https://huggingface.co/me/x" in out
     status, _, err = cli(*arguments, "--save", tmp_path / "a", "--export", "compressed-tensors", tmp_path / "b")
     assert status == 2 and "one folder" in err[0]

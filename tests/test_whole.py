@@ -149,12 +149,13 @@ class Hub:
 
     fails = False
     sent = ()
+    role = "write"
 
     def whoami(self, token=None):
-        return {"name": "me", "orgs": [{"name": "us"}]}
+        return {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": self.role}}}
 
     def create_repo(self, repo, **_):
-        return type("Url", (), {"repo_id": repo})
+        return type("Url", (), {"repo_id": repo if "/" in repo else f"me/{repo}"})
 
     def upload_folder(self, **arguments):
         if Hub.fails:
@@ -173,8 +174,10 @@ def test_the_hub(tmp_path, monkeypatch):
     hub.check_push("x")
     with pytest.raises(UsageError, match="of me, us, not of them"):
         hub.check_push("them/x")
-    hub.push(tmp_path, "me/x")
-    assert Hub.sent == ("me/x", str(tmp_path))
+    monkeypatch.setattr(Hub, "role", "read")
+    with pytest.raises(UsageError, match="me/x: this token may only read"):
+        hub.check_push("me/x")
+    assert hub.push(tmp_path, "x") == "me/x" and Hub.sent == ("me/x", str(tmp_path))
     monkeypatch.setattr(Hub, "fails", True)
     with pytest.raises(OSError, match=f"not sent .no room.; {tmp_path} is complete: hf upload me/x {tmp_path}"):
         hub.push(tmp_path, "me/x")
