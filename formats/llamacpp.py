@@ -20,6 +20,7 @@ from recipe import UsageError
 
 FILE = "model.gguf"
 BLOCK = 32  # columns
+HEAD = "output.weight"  # a file has none where the head is tied to the embedding
 ARCHITECTURES = {  # by config.model_type: llama.cpp's name, and the linears whose rows it has in another order
     "llama": ("llama", ("self_attn.q_proj", "self_attn.k_proj")),
     "mistral": ("llama", ("self_attn.q_proj", "self_attn.k_proj")),
@@ -87,12 +88,13 @@ def check_original(reader, config, tokenizer, path):
         refuse(f"its architecture is {found}, that of this {config.model_type} is {architecture}")
     for key, setting in SETTINGS.items():
         found, own = field(reader, f"{architecture}.{key}"), setting(config)
-        if found is not None and not math.isclose(found, own, rel_tol=1e-5):
+        each = found if isinstance(found, list) else [found]  # of each block, where they differ
+        if found is not None and not all(math.isclose(value, own, rel_tol=1e-5) for value in each):
             refuse(f"{architecture}.{key} is {found} there, {own} here")
     ours = tensor_names(config)
     there = {t.name: tuple(map(int, reversed(t.shape))) for t in reader.tensors}
     for name, (own, shape) in ours.items():
-        if name not in there and name != "output.weight":
+        if name not in there and name != HEAD:
             refuse(f"it has no {name}")
         if name in there and there[name] != shape:
             refuse(f"{name} is {there[name]} there, {own} is {shape} here")
@@ -101,8 +103,14 @@ def check_original(reader, config, tokenizer, path):
             refuse(f"it has {name}, which this one has not")
     tokens = field(reader, "tokenizer.ggml.tokens") or []
     for i, token in enumerate(tokens[: len(tokenizer)] if tokenizer else ()):
-        if token != (own := tokenizer.convert_ids_to_tokens(i)):
+        own = tokenizer.convert_ids_to_tokens(i)  # None: a number that no token has, for which llama.cpp makes one up
+        if own is not None and spaced(token) != spaced(own):
             refuse(f"token {i} is {token!r} there, {own!r} here")
+
+
+def spaced(token):
+    """A token with spaces for SentencePiece's marks of them, as llama.cpp's converter writes the tokens that were added."""
+    return token.replace("\u2581", " ")
 
 
 def field(reader, key):
@@ -182,13 +190,18 @@ class Source:
                 found[name] = tensor.numpy(), gguf.GGMLQuantizationType.F32
         return found
 
-    def rest(self):
-        """The same of what is outside the blocks, as far as it is not the original's: the last norm; rotated, embedding and head too."""
+    def rest(self, has_head):
+        """The same of what is outside the blocks, as far as it is not the original's: the last norm; rotated, embedding and head too.
+
+        has_head: whether the original's file has a head; where it has none, llama.cpp takes the embedding, so one of its own is written.
+        """
         residual = self.family.residual
         found = {f"{residual.final_norm}.weight": (np.float32, gguf.GGMLQuantizationType.F32)}
-        if self.recipe.rotate:
-            matrices = (*residual.embeddings, residual.head)
-            found |= {f"{name}.weight": (np.float16, gguf.GGMLQuantizationType.F16) for name in matrices}
+        embeddings, head = [f"{name}.weight" for name in residual.embeddings], f"{residual.head}.weight"
+        matrices = [*embeddings, head] if self.recipe.rotate else []
+        if not (matrices or has_head or head in self.store.tied):
+            matrices = [head]
+        found |= dict.fromkeys(matrices, (np.float16, gguf.GGMLQuantizationType.F16))
         tensors = self.store.rest(list(found))
         made = {name: (tensors[name].float().numpy().astype(kind), type_) for name, (kind, type_) in found.items()}
         for name, (array, _) in made.items():
@@ -205,7 +218,8 @@ def write(store, folder, tokenizer, like):
     copy_metadata(reader, writer)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if source.recipe.sym else gguf.LlamaFileType.MOSTLY_Q4_1)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    rest, first, blocks = source.rest(), source.block(0), range(len(store.original))
+    has_head = any(t.name == HEAD for t in reader.tensors)
+    rest, first, blocks = source.rest(has_head), source.block(0), range(len(store.original))
     replaced = {names[own] for own in rest}
     kept = [t for t in reader.tensors if not t.name.startswith("blk.") and t.name not in replaced]
     for t in kept:

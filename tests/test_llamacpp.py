@@ -40,12 +40,13 @@ def write_original(path, model, tokens=WORDS, **metadata):
     writer = gguf.GGUFWriter(path, kind)
     settings = {"block_count": 2, "embedding_length": 32, "feed_forward_length": 64, "attention.head_count": 4}
     for key, value in settings.items():
-        writer.add_uint32(f"{kind}.{key}", metadata.get(key, value))
+        value = metadata.get(key, value)
+        (writer.add_array if isinstance(value, list) else writer.add_uint32)(f"{kind}.{key}", value)
     writer.add_float32(f"{kind}.rope.freq_base", config.rope_parameters["rope_theta"])
     writer.add_array("tokenizer.ggml.tokens", list(tokens))
     writer.add_string("tokenizer.chat_template", "{{ it }}")
     for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight" or not config.tie_word_embeddings:
+        if name != "lm_head.weight" or metadata.get("head", not config.tie_word_embeddings):
             writer.add_tensor(gguf_name(name), permuted(tensor, name, config).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -92,6 +93,35 @@ def test_gguf_has_our_weights(kind, settings, tmp_path):
     assert reader.get_field("tokenizer.ggml.tokens").contents() == WORDS
     assert reader.get_field("tokenizer.chat_template").contents() == "{{ it }}"
     assert sum(sizes(tmp_path / "out", config).values()) == sum(t.n_bytes for t in reader.tensors)
+
+
+def test_a_head_that_the_original_file_lacks_is_written(tmp_path):
+    """llama.cpp would take the embedding for it."""
+    model = tiny_model(*TYPES[2])
+    assert not model.lm_head.weight.equal(model.model.embed_tokens.weight)
+    like = write_original(tmp_path / "like.gguf", model, head=False)
+    export(saved(tmp_path / "saved", model), tmp_path / "out", "gguf", toy_tokenizer(), like)
+    there = {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(tmp_path / "out" / FILE).tensors}
+    assert there["output.weight"].equal(model.lm_head.weight.half()) and there["token_embd.weight"].equal(model.model.embed_tokens.weight)
+
+
+def test_tokens_that_the_converter_writes_otherwise(tmp_path):
+    """Added tokens have spaces for marks, and numbers without a token get one; a setting may be given for each block."""
+
+    class Tokenizer:
+        tokens = ["<s>", "\u2581\u2581", None, "</s>"]
+        convert_ids_to_tokens = tokens.__getitem__
+
+        def __len__(self):
+            return len(self.tokens)
+
+    model = tiny_model(*TYPES[2])
+    blocks = {"attention.head_count": [4, 4]}
+    like = write_original(tmp_path / "a.gguf", model, ["<s>", "  ", "[PAD2]", "</s>", *WORDS[4:]], **blocks)
+    check_export("gguf", recipe(), model.config, like, Tokenizer())
+    like = write_original(tmp_path / "b.gguf", model, **{"attention.head_count": [4, 2]})
+    with pytest.raises(UsageError, match="attention.head_count is .4, 2. there, 4 here"):
+        check_export("gguf", recipe(), model.config, like, Tokenizer())
 
 
 def test_what_gguf_cannot_say(tmp_path):
