@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import kernels
 from families import FAMILIES
-from formats.checkpoint import FORMAT, INDEX, computes_integers, finished_linear
+from formats.checkpoint import FORMAT, INDEX, compute_in_integers, computes_integers, frozen, origin
 from formats.codes import PARTS, packed_shapes, unpacked_linear
 from formats.whole import chosen, saves_itself
 from quant import Batch, QuantLinear, from_int
@@ -59,18 +59,15 @@ class Stored(nn.Module):
         self.bias = linear.bias
         self.in_scale = nn.Parameter(torch.empty(self.C, dtype=torch.float32), requires_grad=False) if divided else None
 
-    def finished(self, recipe, batch, arithmetic):
-        """What computes it, on the device where its codes are."""
-        device = self.codes.device
+    def restored(self, recipe, batch):
+        """The frozen QuantLinear that computes it, and its codes (R, C) uint8 with their Grid, on the CPU."""
         packed = {part: getattr(self, part).data.cpu() for part in PARTS}
         codes = unpacked_linear({f"it.{part}": t for part, t in packed.items()}, "it", (self.R, self.C), recipe)
         bias = None if self.bias is None else self.bias.data.cpu()
         linear = QuantLinear(SimpleNamespace(weight=torch.empty(0, dtype=self.dtype), bias=bias), batch)
         linear.weight.data = from_int(*codes)
-        integers = computes_integers(recipe) and chosen(arithmetic, device) == "integers"
-        kernel = kernels.select("auto", device)[0] if integers else None
         in_scale = None if self.in_scale is None else self.in_scale.data.cpu()
-        return finished_linear(linear, codes, packed, in_scale, recipe, kernel).to(device)
+        return frozen(linear, packed, in_scale, recipe), codes
 
 
 @register_quantizer("awrq")
@@ -94,34 +91,45 @@ class AwrqQuantizer(HfQuantizer):
         """The first thing that is asked after the quantizer is there, and before files are looked for: ours have names of their own."""
         if config.model_type not in FAMILIES:
             raise UsageError(f"a model of the {config.model_type} family; supported: {', '.join(FAMILIES)}")
-        config.transformers_weights = INDEX
+        self.family, config.transformers_weights = FAMILIES[config.model_type], INDEX
         dtype = PreTrainedConfig.get_config_dict(config._name_or_path)[0].get("dtype")  # of the file: config has what is asked for
         self.stored_dtype = dtype and getattr(torch, dtype)
         return config
 
-    def _linears(self, model):
-        """Names of the quantized linears, block after block."""
-        family = FAMILIES[model.config.model_type]
-        for i in range(len(model.get_submodule(family.blocks))):
-            yield from (f"{family.blocks}.{i}.{name}" for group in family.groups for name in group.linears)
+    def _blocks(self, model):
+        """Of each block (its name, the block, {name in it: module} of the quantized linears)."""
+        names = [name for group in self.family.groups for name in group.linears]
+        for i, block in enumerate(model.get_submodule(self.family.blocks)):
+            yield f"{self.family.blocks}.{i}", block, {name: block.get_submodule(name) for name in names}
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=(), **kwargs):
         divided = set()
         for path in checkpoint_files:
             with safe_open(path, framework="pt") as f:
                 divided |= {name.removesuffix(".in_scale") for name in f.keys() if name.endswith(".in_scale")}  # noqa: SIM118  not a dict
-        for name in self._linears(model):
-            model.set_submodule(name, Stored(model.get_submodule(name), self.recipe, name in divided))
+        for prefix, block, linears in self._blocks(model):
+            for name, linear in linears.items():
+                block.set_submodule(name, Stored(linear, self.recipe, f"{prefix}.{name}" in divided))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError("AWRQ linears stay on the device that computes them, so no part can be offloaded; give another device_map")
         batch = Batch()
-        for name in self._linears(model):
-            model.set_submodule(name, model.get_submodule(name).finished(self.recipe, batch, self.quantization_config.arithmetic))
-        for block in model.get_submodule(FAMILIES[model.config.model_type].blocks):
-            block.register_forward_pre_hook(batch.observe, with_kwargs=True)
+        for _, block, linears in self._blocks(model):
+            self._restore(block, linears, batch)
         batch.attach(model)
         model.batch = batch
-        return saves_itself(model, self.recipe, self.quantization_config.about, self.stored_dtype)
+        return saves_itself(model, self.recipe, origin(self.quantization_config.about), self.stored_dtype)
+
+    def _restore(self, block, stored, batch):
+        """Put what computes them in the place of the Stored linears of a block, {name: Stored}, on the device where their codes are."""
+        device = next(iter(stored.values())).codes.device
+        made = {name: linear.restored(self.recipe, batch) for name, linear in stored.items()}
+        linears, codes = ({name: pair[k] for name, pair in made.items()} for k in (0, 1))
+        for name, linear in linears.items():
+            block.set_submodule(name, linear)
+        if computes_integers(self.recipe) and chosen(self.quantization_config.arithmetic, device) == "integers":
+            compute_in_integers(block, self.family.groups, linears, codes, kernels.select("auto", device)[0])
+        block.register_forward_pre_hook(batch.observe, with_kwargs=True)
+        block.to(device)

@@ -129,20 +129,25 @@ def link_or_copy(source, target):
 
 
 def frozen(linear, packed, in_scale, recipe):
-    """A QuantLinear with the dequantized weight, as it computes, and with what it was made of; packed, in_scale: see finished_linear."""
+    """A QuantLinear with the dequantized weight, as it computes, and with what it was made of.
+
+    packed: {part: tensor}, as they are stored; in_scale: (C,) or None.
+    """
     linear.in_scale, linear.stored = in_scale, packed
     linear.freeze(recipe.acts)
     return linear
 
 
-def finished_linear(linear, codes, packed, in_scale, recipe, kernel):
-    """What computes a quantized linear: an IntLinear with a kernel, where the integer op takes it, else the frozen QuantLinear.
+def compute_in_integers(block, groups, linears, codes, kernel):
+    """Replace the frozen QuantLinears of a block by IntLinears, one for those that read the same input.
 
-    linear: a QuantLinear with the dequantized weight; codes: (codes (R, C) uint8, Grid); packed: {part: tensor}, as they are stored;
-    kernel: of kernels.w4a8_linear, or None.
+    groups: of the family; linears: {name: QuantLinear}; codes: {name: (codes (R, C) uint8, Grid)}; kernel: of kernels.w4a8_linear.
     """
-    linear = frozen(linear, packed, in_scale, recipe)
-    return IntLinear([linear], [codes], kernel) if kernel and computes_integers(recipe) else linear
+    for group in groups:
+        if names := [name for name in group.linears if name in linears]:
+            pairs = [codes[name] for name in names]
+            whole = IntLinear([linears[name] for name in names], pairs, kernel)
+            put_together(block, names, whole, [len(q) for q, _ in pairs])
 
 
 class Store:
@@ -237,11 +242,7 @@ class Store:
         for name, linear in linears.items():
             frozen(linear, {part: tensors[f"{name}.{part}"] for part in PARTS}, in_scales[name], recipe)
         if self.kernel and computes_integers(recipe):
-            for group in self.original.family.groups:
-                if names := [name for name in group.linears if name in linears]:
-                    pairs = [codes[name] for name in names]
-                    whole = IntLinear([linears[name] for name in names], pairs, self.kernel)
-                    put_together(block, names, whole, [len(q) for q, _ in pairs])
+            compute_in_integers(block, self.original.family.groups, linears, codes, self.kernel)
         return block
 
     def _smoothed(self, block, tensors, batch):
@@ -379,6 +380,11 @@ def load_packed_config(folder, script=None):
     return config, about | {"recipe": recipe}
 
 
+def origin(about):
+    """What a quantization_config of ours says of where the model comes from: {"model", "calibration"}, as far as it does."""
+    return {key: about[key] for key in ("model", "calibration") if key in about}
+
+
 def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None, arithmetic="auto"):
     """The quantized Decoder of a folder that --save wrote, whose blocks are read when they are visited.
 
@@ -391,7 +397,7 @@ def open_checkpoint(folder, dtype="auto", device="cpu", kernel=None, arithmetic=
     empty = skeleton(config, run_dtype(config, dtype, device))
     empty.generation_config = GenerationConfig.from_dict(read_json(Path(folder, GENERATION), ()))
     store = Published(Decoder(empty, None, config.dtype), about["recipe"], folder)
-    store.about = {key: about[key] for key in ("model", "calibration") if key in about}
+    store.about = origin(about)
     if arithmetic != "dequantized":
         store.kernel = kernel or ("cuda" if device.type == "cuda" else "torch")
     return store.decoder()

@@ -14,6 +14,7 @@ import awrq_hf
 from formats import hub
 from formats.checkpoint import open_checkpoint
 from formats.whole import load, saves_itself
+from quant import IntLinear, Part
 from recipe import UsageError
 
 IDS = token_ids(2, 16)
@@ -83,6 +84,7 @@ def test_a_whole_model_writes_its_folder_again(number, tmp_path):
         ("integers", load(tmp_path / "a", arithmetic="integers")),
         ("copied", copy.deepcopy(load(tmp_path / "a"))),
         ("transformers", AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="auto", dtype="float32")),
+        ("transformers in integers", in_transformers(tmp_path / "a", "integers", dtype="float32")),
         ("visiting", open_checkpoint(tmp_path / "a")),
     ):
         if name == "visiting":  # its blocks are packed, in host memory
@@ -93,6 +95,29 @@ def test_a_whole_model_writes_its_folder_again(number, tmp_path):
         same_weights(tmp_path / "a", tmp_path / name)
         assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
         assert load(tmp_path / name)(IDS).logits.equal(load(tmp_path / "a")(IDS).logits)
+
+
+def test_linears_that_read_one_input_are_one_in_transformers_too(tmp_path):
+    """As in our own `load`: an input is quantized and multiplied once for q, k and v."""
+    saved(tmp_path / "a", tiny_model(*TYPES[2]))
+    counts = [
+        {kind.__name__: sum(isinstance(module, kind) for module in model.modules()) for kind in (IntLinear, Part)}
+        for model in (load(tmp_path / "a", arithmetic="integers"), in_transformers(tmp_path / "a", "integers"))
+    ]
+    assert counts[0] == counts[1] == {"IntLinear": 2 * 4, "Part": 2 * 5}
+
+
+def test_what_wrote_a_folder_is_said_by_whoever_writes_it_again(tmp_path):
+    """Its origin stays; versions and commit are those of the writer."""
+    saved(tmp_path / "a", tiny_model())
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= {"model": "me/base", "commit": "old", "versions": {"torch": "old"}}
+    path.write_text(json.dumps(config))
+    for name, model in (("ours", load(tmp_path / "a")), ("theirs", in_transformers(tmp_path / "a"))):
+        model.save_pretrained(tmp_path / name)
+        about = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert about["model"] == "me/base" and about["commit"] != "old" and about["versions"]["torch"] == torch.__version__
 
 
 def test_saving_what_was_changed_beside_a_tokenizer(tmp_path):
