@@ -1,13 +1,14 @@
-"""Does vLLM serve an export in 8-bit activations, and find every tensor as it allocates it?  Asks vLLM's own source, without installing it.
+"""Does vLLM serve an export in the activations that it says, with every tensor as it allocates it?  Asks vLLM's source, not installed.
 
 url=$(curl -s https://pypi.org/simple/vllm/ | grep -o 'https://[^"#]*/vllm-0.33.0.tar.gz'); curl -sO "$url"     # one file, 47 MB
 python scripts/check_vllm.py vllm-0.33.0.tar.gz models/llama-ct models/qwen3-ct models/opt-ct
 
 SOURCE is vLLM's source archive, a wheel, or an unpacked folder of either.  (`pip download` of the archive would build it, and load
 gigabytes.)  Of it are run: how the configuration is read, what is ignored, which scheme a layer gets, and what that scheme allocates for
-the layers as vLLM fuses them; the rest of vLLM is not needed.  A folder passes if its linears get CompressedTensorsWNA8Int, and if every
-tensor has the name, the shape and the type that are allocated.  Scales are allocated in the model's type; ours are float32, which vLLM
-casts: that is said, and is no failure.  Exit status 1 if a folder does not pass.
+the layers as vLLM fuses them; the rest of vLLM is not needed.  A folder passes if its linears get CompressedTensorsWNA8Int, or
+CompressedTensorsWNA16 where it leaves activations unquantized, and if every tensor has the name, the shape and the type that are
+allocated.  Scales are allocated in the model's type; ours are float32, which vLLM casts: that is said, and is no failure.  Exit status 1
+if a folder does not pass.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SCHEMES = f"{ROOT}layers/quantization/compressed_tensors/schemes/"
 MARLIN = f"{ROOT}layers/quantization/utils/marlin_utils.py"
 PARAMETER = f"{ROOT}parameter.py"
 READ = (CONFIG, UTILS, MATCHING, MARLIN, PARAMETER)
-WANTED = "CompressedTensorsWNA8Int"
+WANTED = {True: "CompressedTensorsWNA8Int", False: "CompressedTensorsWNA16"}  # the scheme, by whether activations are quantized
 
 # ---------------------------------------------------------------------------
 # vLLM's source
@@ -208,8 +209,9 @@ class Check:
         for name, linears in layers_of(self.model).items():
             self.layer(name, linears)
         self.others()
-        if set(self.schemes) - {WANTED}:
-            self.wrong.insert(0, "activations stay in 16 bits")
+        wanted = WANTED[any(group["input_activations"] for group in about["config_groups"].values())]
+        if other := sorted(set(self.schemes) - {wanted}):
+            self.wrong.insert(0, f"its activations are for {wanted}, vLLM takes {', '.join(other)}")
 
     def tensor(self, name, shape, dtype):
         """Note what is wrong with a tensor: whether nothing is."""

@@ -32,7 +32,7 @@ class CompressedTensorsConfig(Base):
         return None if should_ignore_layer(layer_name, self.ignore) else self.target_scheme_map["Linear"]
 
     def _get_scheme_from_parts(self, weight_quant, input_quant, output_quant, format, layer_name):
-        if input_quant is None:
+        if input_quant is None or input_quant.num_bits != 8:
             return CompressedTensorsWNA16(weight_quant=weight_quant)
         if input_quant.symmetric and input_quant.strategy == QuantizationStrategy.TOKEN.value:
             return CompressedTensorsWNA8Int(weight_quant=weight_quant)
@@ -45,7 +45,7 @@ class CompressedTensorsConfig(Base):
 def _adjust_shard_indexes_for_packing(shard_size, shard_offset, packed_factor, marlin_tile_size):
     return round(shard_size // packed_factor), round(shard_offset // packed_factor)
 """,
-    "layers/quantization/compressed_tensors/schemes/any.py": """
+    "layers/quantization/compressed_tensors/schemes/wna8.py": """
 class CompressedTensorsWNA8Int(Base):
     def __init__(self, weight_quant):
         self.bits, self.sym = weight_quant.num_bits, weight_quant.symmetric
@@ -59,16 +59,10 @@ class CompressedTensorsWNA8Int(Base):
         if not self.sym:
             zero = torch.empty(words(output_size), 1, dtype=torch.int32)
             layer.register_parameter("weight_zero_point", PackedParameter(data=zero, packed_dim=0, packed_factor=factor))
-
-
-class CompressedTensorsWNA16(CompressedTensorsWNA8Int):
-    def __init__(self, weight_quant):
-        pass
-
-    def create_weights(self, **kwargs):
-        pass
 """,
 }
+SCHEMES = "layers/quantization/compressed_tensors/schemes"
+VLLM[f"{SCHEMES}/wna16.py"] = VLLM[f"{SCHEMES}/wna8.py"].replace("WNA8Int", "WNA16")  # which allocates the same
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +87,7 @@ def test_checking_an_export_against_vllm(run_script, vllm, tmp_path):
         ("asymmetric", TYPES[2], {"act_pertoken": True}),
         ("narrow", TYPES[2], SERVE | {"wbits": 3}),  # k and v have 16 rows: their zero points fill no words
         ("16 bits", TYPES[2], {"method": "gptq", "act_bits": 16}),
+        ("6 bits", TYPES[2], SERVE | {"act_bits": 6}),
     ):
         exports[name] = tmp_path / name
         export(
@@ -101,7 +96,7 @@ def test_checking_an_export_against_vllm(run_script, vllm, tmp_path):
             "compressed-tensors",
             toy_tokenizer(),
         )
-    status, out, _ = run_script(check_vllm, vllm, *(exports[name] for name in ("llama", "qwen3", "opt")))
+    status, out, _ = run_script(check_vllm, vllm, *(exports[name] for name in ("llama", "qwen3", "opt", "16 bits")))
     assert status == 0 and "vLLM 1.2.3" in out and "every tensor is as vLLM allocates it" in out and "14 scales are float32" in out, out
 
     def damaged(change):
@@ -116,7 +111,7 @@ def test_checking_an_export_against_vllm(run_script, vllm, tmp_path):
     for (status, out), part in (
         (run_script(check_vllm, vllm, exports["asymmetric"])[:2], "no scheme for asymmetric, per channel and asymmetric, per token"),
         (run_script(check_vllm, vllm, exports["narrow"])[:2], "its linears fill"),
-        (run_script(check_vllm, vllm, exports["16 bits"])[:2], "activations stay in 16 bits"),
+        (run_script(check_vllm, vllm, exports["6 bits"])[:2], "vLLM takes CompressedTensorsWNA16"),
         (
             damaged(lambda t, p: {"weight_packed": t[f"{p}weight_packed"][:, 1:]}),
             "down_proj.weight_packed: (32, 7), vLLM allocates (32, 8)",
