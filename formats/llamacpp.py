@@ -66,12 +66,19 @@ def check(recipe, config, like=None, tokenizer=None):
 
 
 def open_original(path):
-    """A gguf.GGUFReader.  Raises UsageError if there is no such file, or if it is none of GGUF's, or a part of one."""
+    """A gguf.GGUFReader.  Raises UsageError for a file that is not there, not a GGUF file, damaged, or only a part of a model."""
     logging.getLogger("gguf").setLevel(logging.ERROR)
     try:
+        with open(path, "rb") as f:
+            magic = f.read(4)
+    except OSError as e:
+        raise UsageError(f"--gguf_like {path}: cannot be read ({e.strerror}); give the original model's GGUF file") from e
+    if magic != b"GGUF":
+        raise UsageError(f"--gguf_like {path}: is no GGUF file; give the original model's")
+    try:
         reader = gguf.GGUFReader(path)
-    except Exception as e:  # whatever the bytes of a file that is none make of its reader
-        raise UsageError(f"--gguf_like {path}: is no GGUF file that can be read ({type(e).__name__}: {e})") from e
+    except Exception as e:  # whatever damaged bytes make of its reader
+        raise UsageError(f"--gguf_like {path}: is damaged ({type(e).__name__}: {e}); take it from a copy") from e
     if (parts := reader.get_field("split.count")) and parts.contents() > 1:
         raise UsageError(f"--gguf_like {path}: is one of {parts.contents()} parts; merge them with llama-gguf-split --merge")
     return reader

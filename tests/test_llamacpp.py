@@ -141,7 +141,9 @@ def test_what_gguf_cannot_say(tmp_path):
     refused(["down_proj has 48 columns"], config=narrow.config)
     refused(["no opt models"], config=tiny_model().config)
     refused(["text.gguf", "no GGUF file"], like=tmp_path / "text.gguf")
-    refused(["nowhere", "no GGUF file"], like=tmp_path / "nowhere")
+    refused(["nowhere", "cannot be read (No such file"], like=tmp_path / "nowhere")
+    (tmp_path / "half.gguf").write_bytes(like.read_bytes()[:400])
+    refused(["half.gguf", "is damaged", "from a copy"], like=tmp_path / "half.gguf")
     refused(["its architecture is llama", "qwen3"], config=tiny_model(*TYPES[4]).config)
     refused(["embedding_length is 64 there, 32 here"], like=write_original(tmp_path / "a.gguf", llama, embedding_length=64))
     refused(
