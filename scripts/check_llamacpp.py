@@ -24,7 +24,7 @@ from evaluation.perplexity import perplexity
 from formats.checkpoint import load_packed_config, open_checkpoint
 from formats.llamacpp import FILE
 from formats.whole import load
-from modelutils import load_tokenizer
+from modelutils import first_lines, load_tokenizer
 from recipe import UsageError
 from run.flags import Parser, listed, positive
 from run.report import table
@@ -42,12 +42,15 @@ def without_activations(folder):
 
 
 def open_gguf(path, context):
-    """A llama_cpp.Llama of a file, on the CPU.  Raises UsageError if the package is not there."""
+    """A llama_cpp.Llama of a file, on the CPU.  Raises UsageError if the package or the file is not there, or if llama.cpp refuses it."""
     try:
         from llama_cpp import Llama
     except ImportError as e:
         raise UsageError(f"llama-cpp-python is not here ({e}): `python {sys.argv[0]} --help` says how to install it") from e
-    return Llama(str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, seed=0)
+    try:
+        return Llama(str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, seed=0)
+    except ValueError as e:
+        raise UsageError(f"{path}: llama.cpp does not open it ({first_lines(e)}); give what --export gguf wrote, or the original") from e
 
 
 def perplexity_of(llama, ids, seqlen):
@@ -73,12 +76,14 @@ def generated(llama, prompt):
 
 
 def main(args):
+    if args.seqlen < 2:
+        raise UsageError(f"--seqlen {args.seqlen}: a window of one token predicts none; give 2 or more")
     _, about = load_packed_config(args.loaded)
     tokenizer, recipe = load_tokenizer(args.loaded), about["recipe"]
-    texts = {name: eval_tokens(name, tokenizer, args.seqlen, args.data_dir)[0][: args.windows * args.seqlen] for name in listed(args.eval)}
-    quantized, decoder = open_checkpoint(args.loaded, "float32", arithmetic="dequantized"), without_activations(args.loaded)
     files = {"llama.cpp, export": Path(args.exported, FILE)} | ({"llama.cpp, original": args.original} if args.original else {})
     llamas = {label: open_gguf(path, args.seqlen) for label, path in files.items()}
+    texts = {name: eval_tokens(name, tokenizer, args.seqlen, args.data_dir)[0][: args.windows * args.seqlen] for name in listed(args.eval)}
+    quantized, decoder = open_checkpoint(args.loaded, "float32", arithmetic="dequantized"), without_activations(args.loaded)
     rows, good = [], True
     for name, ids in texts.items():
         ids = ids[: len(ids) // args.seqlen * args.seqlen]
