@@ -3,7 +3,7 @@
 import awrq_hf
 model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)
 
-python -c "import awrq_hf, lm_eval.__main__ as m; m.cli_evaluate()" --model hf --model_args pretrained=FOLDER --tasks copa
+python -c "import awrq_hf, lm_eval.__main__ as m; m.cli_evaluate()" run --model hf --model_args pretrained=FOLDER --tasks copa
 
 Its logits are those of formats.whole.load in the same dtype, to the last bit; on a CPU computed on dequantized numbers, on a GPU in
 integers, unless the configuration that is loaded with says otherwise:
