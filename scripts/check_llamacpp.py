@@ -48,7 +48,8 @@ def open_gguf(path, context):
     except ImportError as e:
         raise UsageError(f"llama-cpp-python is not here ({e}): `python {sys.argv[0]} --help` says how to install it") from e
     try:
-        return Llama(str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, seed=0)
+        threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}  # more would wait for each other
+        return Llama(str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, seed=0, **threads)
     except ValueError as e:
         raise UsageError(f"{path}: llama.cpp does not open it ({first_lines(e)}); give what --export gguf wrote, or the original") from e
 
