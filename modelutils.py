@@ -1,7 +1,6 @@
 """Decoder models: configuration and tokenizer, and a decoder whose blocks come from a source, one at a time."""
 
 import os
-import re
 from contextlib import ExitStack, suppress
 from copy import copy, deepcopy
 from functools import partial
@@ -21,7 +20,7 @@ from formats.original import Original, assign
 from formats.shards import Tensors, find_weights
 from quant import Batch
 from recipe import UsageError
-from runtime import find_place, free_memory, release, total_memory, trim
+from runtime import find_place, first_lines, free_memory, release, total_memory, trim
 
 # ---------------------------------------------------------------------------
 # Configuration and tokenizer
@@ -107,11 +106,6 @@ def check_vocabulary(config, texts):
     largest = max((int(ids.max()) for ids in texts if ids is not None), default=0)
     if largest >= config.vocab_size:
         raise UsageError(f"the tokenizer gives token {largest}, the model knows {config.vocab_size}: they do not belong together")
-
-
-def first_lines(error):
-    """The first line of an error's message, and those that it announces with a colon; the error's type if it has no message."""
-    return " ".join(re.match(r"(.*:\n)*.*", str(error).strip())[0].split()).rstrip(".") or type(error).__name__
 
 
 # ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -254,3 +255,12 @@ def replace_text(path, text):
     finally:
         with suppress(FileNotFoundError):
             os.remove(partial_file)
+
+
+# ---------------------------------------------------------------------------
+# What an error says
+
+
+def first_lines(error):
+    """The first line of an error's message, and those that it announces with a colon; the error's type if it has no message."""
+    return " ".join(re.match(r"(.*:\n)*.*", str(error).strip())[0].split()).rstrip(".") or type(error).__name__

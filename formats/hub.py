@@ -4,8 +4,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from modelutils import first_lines
 from recipe import UsageError
+from runtime import first_lines
 
 
 def check_push(repo, token=None):

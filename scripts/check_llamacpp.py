@@ -24,10 +24,11 @@ from evaluation.perplexity import perplexity
 from formats.checkpoint import load_packed_config, open_checkpoint
 from formats.llamacpp import FILE
 from formats.whole import load
-from modelutils import first_lines, load_tokenizer
+from modelutils import load_tokenizer
 from recipe import UsageError
 from run.flags import Parser, listed, positive
 from run.report import table
+from runtime import first_lines
 
 SAME = 0.01  # largest relative difference of two perplexities
 PROMPT = "The capital of France is"

@@ -16,7 +16,7 @@ from transformers import OPTForCausalLM
 import modelutils
 from datautils import eval_tokens
 from families import FAMILIES
-from modelutils import first_lines, open_decoder
+from modelutils import open_decoder
 from recipe import UsageError
 
 GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
@@ -312,8 +312,3 @@ def test_a_tokenizer_that_cannot_tokenize_is_a_line(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
     with one_line(UsageError, tmp_path, "no usable tokenizer there"):
         modelutils.load_tokenizer(tmp_path)
-
-
-def test_the_line_of_an_error():
-    assert first_lines(ValueError("wrong:\n  a is 1.\nmore")) == "wrong: a is 1"
-    assert first_lines(ConnectionError()) == "ConnectionError", "else the message would say nothing"

@@ -11,7 +11,7 @@ from conftest import CPU
 
 import runtime
 from recipe import UsageError
-from runtime import Clock, Place, find_device, find_place, write_json
+from runtime import Clock, Place, find_device, find_place, first_lines, write_json
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "", "cuda" if not torch.cuda.is_available() else "cuda:98"])
@@ -142,3 +142,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {})
     assert [p.read_text() for p in tmp_path.iterdir()] == ["the old one"]
+
+
+def test_the_line_of_an_error():
+    assert first_lines(ValueError("wrong:\n  a is 1.\nmore")) == "wrong: a is 1"
+    assert first_lines(ConnectionError()) == "ConnectionError", "else the message would say nothing"
