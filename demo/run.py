@@ -17,22 +17,22 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from datautils import calibration, eval_tokens
+from evaluation.perplexity import perplexity
+from formats.checkpoint import Store
+from modelutils import load_tokenizer, open_decoder
+from recipe import METHODS, Recipe
+from run.quantize import quantize_blocks
+from run.report import accuracies, spread, table
+from runtime import versions, write_json
+from scripts.plot_losses import NOT_RUN, draw
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from datautils import calibration, eval_tokens  # noqa: E402
-from evaluation.perplexity import perplexity  # noqa: E402
-from formats.checkpoint import Store  # noqa: E402
-from modelutils import load_tokenizer, open_decoder  # noqa: E402
-from recipe import METHODS, Recipe  # noqa: E402
-from run.quantize import quantize_blocks  # noqa: E402
-from run.report import accuracies, spread, table  # noqa: E402
-from runtime import versions, write_json  # noqa: E402
-from scripts.plot_losses import NOT_RUN, draw  # noqa: E402
-
 SEEDS = (0, 1, 2)
 COLUMNS = {"W4A8": (4, 8), "W3A8": (3, 8), "W4A6": (4, 6)}
 ROWS = {  # label: (method, smoothing, columns that it is run for)

@@ -7,6 +7,7 @@ No network; about half an hour on two CPU cores, one model on each.
 import argparse
 import math
 import platform
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
@@ -18,10 +19,12 @@ from statistics import fmean
 import tokenizers
 import torch
 import transformers
-import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from demo import world
 
 SEQLEN, BATCH, N_STEPS, LR = 256, 8, 4000, 2e-3
 N_STORIES = 80_000  # of the training text: about as many tokens as N_STEPS batches hold, so that nearly every window is new

@@ -24,10 +24,7 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-import reference
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import quant
 from evaluation.zeroshot import QuantizedLM, leaves, load_tasks, task_manager
@@ -36,6 +33,7 @@ from formats.whole import load
 from modelutils import load_tokenizer
 from run.flags import Parser, positive, share
 from run.report import table
+from tests import reference
 
 METRICS = ("acc", "acc_norm")  # by log-likelihood, by that per character
 

@@ -20,10 +20,9 @@ import kernels
 from bench import blocks, contenders, linears, quantizing, shapes, tune
 from kernels import build, cuda
 from quant import Part
+from scripts import plot
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import plot  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

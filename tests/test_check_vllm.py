@@ -1,8 +1,6 @@
 """scripts/check_vllm.py, on a stand-in for vLLM's source."""
 
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 from conftest import tiny_model, toy_tokenizer
@@ -11,9 +9,7 @@ from test_checkpoint import TYPES, saved
 from test_export import SERVE
 
 from formats.export import export
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import check_vllm  # noqa: E402
+from scripts import check_vllm
 
 # ---------------------------------------------------------------------------
 # What vLLM makes of an export: a stand-in for the parts of its source that the script runs

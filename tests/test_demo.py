@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,11 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DEMO = Path(__file__).parent.parent / "demo"
-sys.path.insert(0, str(DEMO))
-import train  # noqa: E402
-import world  # noqa: E402
+from demo import train, world
 
+DEMO = Path(__file__).parent.parent / "demo"
 pytestmark = pytest.mark.slow
 
 GENERATED = ["data/world/train.txt", "data/world/test.txt", *(f"tasks/{task}.jsonl" for task in world.TASKS)]

@@ -80,7 +80,6 @@ def parse_program(monkeypatch, words):
     start = (runpy.run_module, words[1], words[2:]) if words[0] == "-m" else (runpy.run_path, str(ROOT / words[0]), words[1:])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
     monkeypatch.setattr(sys, "argv", [start[1], *start[2]])
-    monkeypatch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
     with pytest.raises(Parsed):
         start[0](start[1], run_name="__main__")
 

@@ -1,8 +1,6 @@
 """Exports in transformers alone."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import reference
@@ -18,9 +16,7 @@ from formats.checkpoint import open_checkpoint
 from formats.export import check_export, export
 from formats.whole import load
 from recipe import UsageError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import compare_export  # noqa: E402
+from scripts import compare_export
 
 pytestmark = pytest.mark.slow
 

@@ -1,16 +1,11 @@
 """scripts/massive.py: what it shows is what the whole model's linears read."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import CPU, decoder_blocks, save_model, tiny_model, token_ids
 
 from modelutils import decoder_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import massive  # noqa: E402
+from scripts import massive
 
 
 @pytest.mark.parametrize(("family", "variant", "last"), [("llama", "plain", "mlp.down_proj"), ("opt", "pre-norm", "fc2")])

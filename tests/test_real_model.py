@@ -1,18 +1,14 @@
 """The real model is made from one known file, in a folder that appears when it is complete."""
 
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model, token_ids, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import real_model  # noqa: E402
-
-from modelutils import load_tokenizer  # noqa: E402
+from modelutils import load_tokenizer
+from scripts import real_model
 
 
 @pytest.fixture
