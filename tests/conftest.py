@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import traceback
 import warnings
@@ -11,6 +12,7 @@ from copy import deepcopy
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything imports the hub's client
 
+import emulation
 import pytest
 import torch
 import transformers
@@ -20,10 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from families import FAMILIES
 from formats.checkpoint import Store
 from modelutils import decoder_of
+from recipe import Recipe
 from rotate import rotated
 from run import cli
 from run.pipeline import with_seqlen
-from run.quantize import quantize_blocks
+from run.quantize import Layer, quantize_blocks
+from run.report import report
+from runtime import Clock
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(96))]
 CONTEXT = 64
@@ -262,3 +267,43 @@ def corpora(tmp_path_factory):
     for split in ("train", "validation"):
         (folder / "c4" / f"{split}.jsonl").write_text("".join(json.dumps({"text": line(60)}) + "\n" for _ in range(20)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The library of the CUDA kernels, for the emulator.  Its tests are one xdist_group, as it takes seconds to compile."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++, which compiles the kernels for the emulator")
+    return emulation.compile_kernels(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def blank():
+    """A report of opt.py, of which `results` makes others."""
+    calibration = {"corpus": "c4", "split": "train", "source": "hub", "rule": "random", "nsamples": 128, "seqlen": 2048, "seed": 0}
+    protocol = {"calibration": calibration, "evaluation": {}}
+    found = {"model": "", "protocol": protocol | {"tasks": {}}, "walk_batch": 1, "results": {"perplexity": {}, "tasks": {}}, "full": None}
+    found |= {"tuning": [], "failed": {}}
+    found["layers"] = [Layer(0, "fc1", 0.5)]
+    return report(Recipe(), decoder_of(tiny_model().half()), found, Clock(CPU))
+
+
+@pytest.fixture
+def results(blank, tmp_path):
+    """Call it to write a result: results(file, model, {corpus: ppl}, recipe settings..., edit=function of the report)."""
+
+    def write(file, model, ppl, edit=lambda run: None, seqlen=2048, **settings):
+        run = deepcopy(blank) | {"model": model}
+        run["recipe"] |= settings
+        if run["recipe"]["method"] == "full":
+            run["protocol"]["calibration"] = None
+        for corpus, value in ppl.items():
+            how = {"corpus": corpus, "split": "test", "source": "hub", "rule": "joined", "seqlen": seqlen, "n_tokens": 9000}
+            run["protocol"]["evaluation"][corpus] = how
+            run["results"]["perplexity"][corpus] = {"ppl": value, "windows": 4, "seqlen": seqlen, "tokens": 8192}
+        edit(run)
+        path = tmp_path / "opt" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run))
+
+    return write

@@ -1,17 +1,20 @@
 """A decoder walked block by block is the model, wherever its sequences are kept; its skeleton never changes."""
 
+import math
 from copy import deepcopy
 
 import pytest
 import torch
-from conftest import CPU, TINY, VARIANTS, decoder_blocks, tiny_model, token_ids
+from conftest import CPU, TINY, VARIANTS, decoder_blocks, quantize, tiny_model, token_ids
 from torch import nn
 
 from families import FAMILIES
 from modelutils import Sequences, decoder_of, default_walk_batch, run_block
+from recipe import Recipe
 from runtime import Place
 
 IDS = token_ids(5, 48)
+AWRQ = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True)
 
 
 def logits(model, ids=IDS):
@@ -112,3 +115,39 @@ def test_a_family_row_is_the_model(family, variant):
         block.get_submodule(group.producer)
         assert all(torch.equal(read[name], read[group.linears[0]]) for name in group.linears)
     assert tuple(group.linears for group in row.groups) == TINY[family]["groups"]
+
+
+# ---------------------------------------------------------------------------
+# Blocks that do not fit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [AWRQ, Recipe(method="act_only", act_bits=6, smooth=True), None], ids=["codes", "scales", "full"])
+@pytest.mark.parametrize("blocks_that_fit", [0, 1, 2, 4])
+def test_blocks_that_do_not_fit_are_made_when_they_run(monkeypatch, blocks_that_fit, recipe):
+    """What is kept of them is what is stored, packed, and they compute the same again and again."""
+    monkeypatch.setitem(TINY["llama"]["settings"], "num_hidden_layers", 4)
+    decoder = decoder_of(tiny_model("llama", "grouped"))
+    if recipe:
+        decoder = quantize(tiny_model("llama", "grouped"), token_ids(4, 32), recipe)[1].decoder()
+    ids, whole = token_ids(2, 16), decoder.materialize(CPU)
+    size, others = (sum(t.nbytes for t in module.parameters()) for module in (whole.model.layers[0], whole))
+    memory = others - 4 * size + size * (blocks_that_fit + 1.5) if blocks_that_fit < 4 else math.inf
+    model = decoder.materialize(CPU, memory)
+    assert model.visiting == 4 - blocks_that_fit == sum(not list(block.parameters()) for block in model.model.layers)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+        with (
+            model.batch.padded(torch.arange(16) < torch.tensor([[3], [16]])),
+            whole.batch.padded(torch.arange(16) < torch.tensor([[3], [16]])),
+        ):
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.slow
+def test_a_materialized_model_generates_with_a_visiting_block():
+    decoder = quantize(tiny_model("opt", "pre-norm"), token_ids(4, 32), AWRQ)[1].decoder()
+    length = {"max_new_tokens": 8, "do_sample": False}
+    made = [decoder.materialize(CPU, memory).generate(token_ids(2, 5), **length) for memory in (0, math.inf)]
+    assert torch.equal(*made)

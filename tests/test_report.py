@@ -8,7 +8,7 @@ import opt
 from modelutils import decoder_of
 from recipe import Recipe
 from run.quantize import Layer
-from run.report import SCHEMA, describe, table
+from run.report import SCHEMA, accuracies, average, describe, table, task_table
 from run.report import report as make_report
 from runtime import Clock
 
@@ -76,3 +76,45 @@ def test_table():
         "| c4        |      10.25 |",
     ]
     assert table(("a", "b"), []).split("\n") == ["| a | b |", "|---|--:|"]
+
+
+# ---------------------------------------------------------------------------
+# Tasks
+
+
+def made_up(copa, piqa):
+    return {
+        "results": {
+            "copa": {"alias": "copa", "sample_len": 9, "acc,none": copa, "acc_stderr,none": 0.03},
+            "piqa": {"alias": "piqa", "acc,none": piqa, "acc_stderr,none": 0.04, "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A"},
+        },
+        "n-shot": {"copa": 0, "piqa": 0},
+    }
+
+
+def test_the_table_of_tasks():
+    runs = {"full": made_up(0.75, 0.25), "awrq W4A8": made_up(0.5, 0.25)}
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in task_table(runs).splitlines()]
+    assert lines[0] == ["task", "shots", "metric", "model", "value", "stderr"]
+    assert lines[2] == ["copa", "0", "acc", "full", "0.7500", "0.0300"]
+    assert lines[3] == ["copa", "0", "acc", "awrq W4A8", "0.5000", "0.0300"]
+    assert ["piqa", "0", "acc_norm", "full", "0.5000", ""] in lines
+    assert lines[-2:] == [["average", "", "acc", "full", "0.5000", "0.0250"], ["average", "", "acc", "awrq W4A8", "0.3750", "0.0250"]]
+
+
+def test_averages_of_other_tasks_are_not_set_beside_each_other():
+    whole = made_up(0.5, 0.25)
+    lost = whole | {"results": {"copa": whole["results"]["copa"]}}
+    assert "average" in task_table({"full": whole}) and "average" not in task_table({"full": whole, "awrq W4A8": lost})
+
+
+def test_a_metric_after_several_filters_is_told_apart():
+    found = {"results": {"sums": {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}}, "n-shot": {}}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in task_table({"full": found}).splitlines()[2:]]
+    assert [row[2:5] for row in rows] == [["exact_match (strict)", "full", "0.2500"], ["exact_match (flexible)", "full", "0.5000"]]
+
+
+def test_the_average_leaves_out_groups_and_unknown_errors():
+    found = made_up(0.5, 0.25) | {"groups": {"copa": {}}}
+    assert accuracies(found) == {"piqa": (0.25, 0.04)} and accuracies(found, "acc_norm") == {"piqa": (0.5, None)}
+    assert average([(0.5, 0.1), (1.0, None)]) == (0.75, None)

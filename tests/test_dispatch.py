@@ -1,0 +1,85 @@
+"""Which CUDA kernel runs for which shape: default rules, measured cells, tuning."""
+
+import json
+
+import pytest
+
+from bench import shapes, tune
+from kernels import cuda
+from recipe import UsageError
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("emulator")]  # one process: what they share takes seconds to make
+
+
+@pytest.mark.parametrize("processors", [46, 108, 132])
+@pytest.mark.parametrize("groupsize", [0, 128])
+def test_default_rules_know_every_layer(emulated, processors, groupsize):
+    """A configuration that takes the shape for every layer and number of tokens; the workspace of decoding stays small."""
+    for rows, columns in shapes.LAYERS + shapes.FUSED:
+        for tokens in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1024, 1025, 4096, 65536):
+            config, parts = cuda.choose(emulated, "some GPU", processors, tokens, rows, columns, groupsize or columns)
+            assert cuda.takes(emulated, config, parts, tokens, rows, columns, groupsize or columns)
+            assert (tokens <= 16) == config.startswith("decode")
+            n, m = cuda.CONFIGS[config]
+            assert parts == 1 or -(-rows // n) * -(-tokens // m) * parts * n * m * 4 <= cuda.SLAB_BYTES
+
+
+def test_measured_cells_come_first(emulated, monkeypatch):
+    table = {"default": cuda.tables()["default"], "GPU": {"cells": {"256x512": [[4, "128x16", 2], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "tables", lambda: table)
+    assert cuda.choose(emulated, "GPU", 108, 4, 256, 512, 512) == ("128x16", 2)
+    assert cuda.choose(emulated, "GPU", 108, 5, 256, 512, 512) == ("128x64", 1)
+    for other in (("GPU", 108, 65, 256, 512, 512), ("GPU", 108, 4, 256, 512, 128), ("other", 108, 4, 256, 512, 512)):
+        assert cuda.choose(emulated, *other) == cuda.choose(emulated, "unknown", *other[1:])
+
+
+def test_default_rules_keep_all_processors_busy(emulated):
+    """One tile each where there are as many; splits where there are few; small tiles where large ones would leave the last wave empty."""
+    for shape, wanted in (
+        ((64, 13824, 5120), ("128x64", 1)),  # 108 tiles
+        ((64, 5120, 13824), ("128x64", 5)),  # 40
+        ((256, 13824, 5120), ("128x128", 1)),  # 216, two on each
+        ((512, 5120, 5120), ("128x64", 1)),  # 320 small ones; of 160 large ones some processors would have two
+        ((17, 13824, 5120), ("128x32", 1)),
+        ((16, 5120, 5120), ("decode", 1)),
+    ):
+        assert cuda.choose(emulated, "some GPU", 108, *shape, shape[2]) == wanted, shape
+
+
+def test_tuning_table_says_what_was_measured(monkeypatch):
+    tables = cuda.tables()
+    assert tables["default"]["measured"] is False and "Not measured" in tables["default"]["note"]
+    monkeypatch.setattr(cuda, "tables", lambda: tables | {"GPU": {"measured": True}})
+    assert cuda.chosen_by("GPU") == {"table": "GPU", "measured": True}
+    assert cuda.chosen_by("other") == {"table": "default", "measured": False}
+    monkeypatch.undo()
+    for name, table in tables.items():
+        for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
+            assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name
+
+
+def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):
+    a, b, c = ("128x16", 1), ("128x32", 1), ("128x64", 1)
+    assert tune.best([{a: 10, b: 12}, {a: 30, b: 12}]) == b  # a is best at 17 tokens, and a cliff at 32
+    assert (
+        tune.best(
+            [
+                {a: 10, b: 10.1},
+                {a: 11, b: 10},
+            ]
+        )
+        == b
+    )
+    assert tune.best([{a: 1, b: 2}, {b: 2, c: 1}]) == b  # the one that takes both
+    with pytest.raises(UsageError, match="--groupsize"):
+        tune.best([{a: 1}, {b: 1}])
+    for below, edge in zip((0, *tune.EDGES), tune.EDGES, strict=False):
+        found = [set(tune.candidates(emulated, tokens, 5120, 5120, 5120)) for tokens in (below + 1, edge)]
+        assert found[0] & found[1]
+
+
+def test_tuning_table_is_written_whole(tmp_path, monkeypatch):
+    tables = cuda.tables() | {"GPU": {"measured": True, "cells": {"256x512g128": [[16, "decode", 2], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "TUNING", tmp_path / "tuning.json")
+    tune.write(tables)
+    assert json.loads(cuda.TUNING.read_text()) == tables and list(tmp_path.iterdir()) == [cuda.TUNING]

@@ -1,0 +1,251 @@
+"""The CUDA kernels' own code, which an emulator runs on a CPU, equals the op; what checks them on a GPU finds what is wrong."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from emulation import emulate, guarded
+from test_kernels import activations, prepared
+
+import kernels
+from bench import check
+from kernels import cuda
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("emulator")]  # one process: what they share takes seconds to make
+
+
+def assert_equal_to_op(y, x, weight, *settings):
+    """Bit for bit for whole rows; for groups, whose float32 sums may be fused and split, within their rounding."""
+    wanted = kernels.w4a8_linear(x, weight, *settings)
+    if weight.groupsize == weight.columns:
+        assert torch.equal(y, wanted)
+    else:
+        bound = 2 * torch.finfo(x.dtype).eps * wanted.float().abs() + 4 * 2**-24 * wanted.float().abs().amax()
+        assert ((y.float() - wanted.float()).abs() <= bound).all()
+
+
+def most_tokens(config):
+    return 16 if config.startswith("decode") else 200
+
+
+@pytest.mark.parametrize("reverse_eager", [(False, False), (True, True), (True, False)], ids=["", "reverse-eager", "reverse"])
+@pytest.mark.parametrize(
+    ("config", "groupsize"), [(config, g) for config in cuda.CONFIGS for g in (-1, 128, 64) if (config, g < 0) != ("256x128", False)]
+)
+def test_kernels_equal_op(emulated, config, groupsize, reverse_eager):
+    """Every configuration: types, per sequence and token, padded columns, rows and sequences, split and not, whichever warp is first."""
+    R = 250 if config == "256x128" else 104
+    cases = [
+        (activations(2, 5, 256, torch.float16), 8, False, False, None),
+        (activations(1, 3, 200, torch.bfloat16), 8, True, False, None),
+        (activations(2, 4, 200, torch.float16), 8, True, True, None),
+        (activations(3, 4, 328, torch.float32), 6, False, True, torch.tensor([4, 2, 0])),
+        (activations(9, 1, 130, torch.float16), 8, False, False, torch.tensor([1] * 8 + [0])),
+    ]
+    for i, (x, *settings) in enumerate(cases):
+        weight = prepared(R - (i == 1), x.shape[2], groupsize)
+        parts = 1 if config == "decode_fused" or i % 2 else 2
+        y = emulate(emulated, x, weight, config, parts, *settings, *reverse_eager)
+        assert_equal_to_op(y, x, weight, *settings)
+
+
+@pytest.mark.parametrize("config", cuda.CONFIGS)
+def test_kernels_mask_every_number_of_tokens(emulated, config):
+    n, m = cuda.CONFIGS[config]
+    weight = prepared(256 if n == 256 else 40, 64)
+    for tokens in sorted({t for edge in (1, 8, m) for t in (edge - 1, edge, edge + 1) if 0 < t <= most_tokens(config)}):
+        x = activations(1, tokens, 64, torch.float16, seed=tokens)
+        y = emulate(emulated, x, weight, config, 1)
+        assert_equal_to_op(y, x, weight)
+
+
+def test_kernels_find_every_tile(emulated):
+    """More than eight tiles of tokens, so that the raster has a full group and a rest; rows that are no multiple of 128."""
+    weight, x = prepared(300, 64), activations(1, 16 * 19 - 3, 64, torch.float16)
+    assert_equal_to_op(emulate(emulated, x, weight, "128x16", 1), x, weight)
+
+
+def test_kernels_split_into_uneven_parts(emulated):
+    """More parts than divide the columns evenly, more stages than a part has blocks, long rows for the decoding warps."""
+    for config, columns, parts, groupsize in (
+        ("128x16", 448, 5, -1),
+        ("decode", 4416, 3, -1),
+        ("decode", 1600, 4, 128),
+        ("128x32", 1600, 4, 192),
+    ):
+        weight, x = prepared(32, columns, groupsize), activations(1, 9, columns, torch.bfloat16)
+        assert_equal_to_op(emulate(emulated, x, weight, config, parts), x, weight)
+
+
+@pytest.mark.parametrize("config", ["decode_fused", "128x16"])
+def test_kernels_keep_the_largest_sums(emulated, config):
+    """K = 36,864, all codes at their largest: the sums of the high nibbles pass 2^31."""
+    q = torch.full((32, 36864), 15, dtype=torch.uint8)
+    weight = kernels.prepare(q, torch.ones(32, 1), torch.zeros(32, 1))
+    y = emulate(emulated, torch.full((1, 1, 36864), 255.0), weight, config, 1)
+    assert (y == np.float32(36864 * 15 * 255)).all()
+
+
+@pytest.mark.parametrize("config", ["decode_fused", "decode"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_kernels_pass_on_what_is_not_finite(emulated, config, value):
+    x = activations(2, 3, 64)
+    x[1, 1, 5] = value
+    y = emulate(emulated, x, prepared(32, 64), config, 1)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def between_codes(scale, levels):
+    """All numbers next to a boundary between two codes: (8, levels) float32, k + 1/2 steps and the floats around it."""
+    middle = ((torch.arange(levels) + 0.5).double() * scale).float()
+    return torch.cat([middle.view(torch.int32) + i for i in range(-4, 4)]).view(torch.float32).view(8, levels)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-3, 1.0, 3e4, 1e30, 3e38])
+def test_codes_are_those_of_a_division(emulated, size, per_token):
+    """By a reciprocal where nothing overflows, by the division elsewhere; rows that a block goes over once, and several times."""
+    columns, generator = 4160 if size == 1 else 300, torch.Generator().manual_seed(3)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        rows = 260 if size == 1 and dtype == torch.float32 else 5
+        x = (torch.rand(1, rows, columns, generator=generator) - 0.3) * size
+        if dtype == torch.float32:
+            x[0, 1, :2040] = 0
+            x[0, 1, 0] = scale = size * 0.7
+            found = between_codes(scale / 255, 255).flatten()[: columns - 1]
+            x[0, 1, 1 : 1 + len(found)] = found.clamp(max=scale)
+        x = x.to(dtype)
+        if not x.isfinite().all() or not x.any():
+            continue
+        codes, scale, zero = kernels.act_codes(x, 8, per_token)
+        memory = guarded(emulated, torch.full((1 << 21,), 255, dtype=torch.uint8), 256)
+        weight = kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in prepared(128, columns)))
+        call = (weight, (8, per_token, False), None, "128x16", 1, None, lambda n, memory=memory: memory, cuda.QUANTIZE)
+        emulated.emulator_settings(False, False)
+        cuda.launch(emulated, guarded(emulated, x), torch.empty(1, rows, 128, dtype=dtype), *call)
+        padded_rows, padded = -(-rows // 128) * 128, -(-columns // 64) * 64
+        found = memory[: rows * padded].view(rows, padded)
+        assert torch.equal(found[:, :columns].float(), codes[0]) and not found[:, columns:].any(), (size, dtype)
+        sums = memory[-(-rows * padded // 256) * 256 :].view(torch.int32)[: 3 * padded_rows].view(3, padded_rows)[:, :rows]
+        assert torch.equal(sums[0], codes[0].sum(-1).int()) and torch.equal(sums[2], zero.expand(1, rows, 1)[0, :, 0].int())
+        assert torch.equal(sums[1].contiguous().view(torch.float32), scale.expand(1, rows, 1)[0, :, 0])
+
+
+def test_kernels_refuse_what_they_cannot_take(emulated):
+    """Every check of the launcher, by a call that is right but for one field."""
+    memory = guarded(emulated, torch.zeros(1 << 16, dtype=torch.uint8), 256).data_ptr()
+    good = dict.fromkeys(("x", "weight", "scale", "zero", "colsum", "bias", "y", "workspace"), memory)
+    good |= {"workspace_bytes": 1 << 16, "B": 1, "T": 4, "K": 128, "N": 32, "groupsize": 128, "levels": 255}
+    good |= {"config": 1, "splits": 1, "steps": 3}
+    assert emulated.awrq_linear(ctypes.byref(cuda.Call(**good))) == 0
+    fused = cuda.CONFIG_NUMBERS["decode_fused"]
+    wide = cuda.CONFIG_NUMBERS["256x128"]
+    for changes, message in (
+        ({"x": None}, "x is null"),
+        ({"x": memory + 8}, "x is null or not aligned to 16"),
+        *(({name: memory + 4}, f"{name} is null or not aligned to 16") for name in ("scale", "zero", "colsum", "bias")),
+        ({"weight": memory + 8}, "packed is null or not aligned to 16"),
+        ({"y": memory + 2}, "y is null or not aligned"),
+        ({"lengths": memory + 2}, "lengths is not aligned to 4"),
+        ({"type": 3}, "float16, bfloat16 or float32"),
+        ({"B": 0}, "B and T"),
+        ({"B": 1 << 19}, "B and T"),
+        ({"K": 65537, "groupsize": 65537}, "K must be"),
+        ({"N": 0}, "N 1 to 1048576"),
+        ({"N": (1 << 20) + 1}, "N 1 to 1048576"),
+        ({"groupsize": 32}, "multiple of 64"),
+        ({"groupsize": 256}, "multiple of 64"),
+        ({"K": 4096, "groupsize": 2048}, "at most 1024"),
+        ({"levels": 254}, "act_bits"),
+        ({"config": len(cuda.CONFIGS)}, "no such kernel"),
+        ({"T": 17}, "at most 16 tokens"),
+        ({"config": fused, "T": 16, "K": 8192, "groupsize": 8192}, "99 KiB"),
+        ({"config": fused, "splits": 2}, "does not split"),
+        ({"config": wide}, "multiple of 256"),
+        ({"config": wide, "N": 256, "groupsize": 64}, "one scale"),
+        ({"splits": 0}, "splits"),
+        ({"splits": 3}, "splits"),
+        ({"steps": 0}, "steps must be 1 to 3"),
+        ({"steps": 4}, "steps must be 1 to 3"),
+        ({"steps": 2, "config": fused}, "quantizes as it multiplies"),
+        ({"workspace": None}, "workspace"),
+        ({"workspace": memory + 8}, "workspace"),
+        ({"workspace_bytes": 100}, "workspace"),
+    ):
+        code = emulated.awrq_linear(ctypes.byref(cuda.Call(**good | changes)))
+        assert code < 0 and message in emulated.awrq_error(code).decode(), (changes, code)
+    with pytest.raises(ValueError, match=r"x \(1, 17, 64\), weight \(32, 64\), groupsize 64, decode: this configuration takes at most 16"):
+        emulate(emulated, activations(1, 17, 64), prepared(32, 64), "decode", 1)
+
+
+@pytest.mark.parametrize("name", ["x", "packed", "scale", "zero", "colsum", "bias"])
+def test_a_tensor_off_its_alignment_is_named(emulated, name):
+    """As a slice of a larger tensor can be: right but for its address."""
+    tensors = {"x": activations(1, 3, 64, torch.float16)} | prepared(32, 64)._asdict()
+    size = tensors[name].element_size()
+    shifted = guarded(emulated, torch.cat((tensors[name].flatten(), tensors[name].flatten()[:1])))[1:]
+    assert shifted.data_ptr() % 16 == size
+    tensors[name] = shifted.view(tensors[name].shape).copy_(tensors[name])
+    x, y, weight = tensors.pop("x"), torch.empty(1, 3, 32, dtype=torch.float16), kernels.Weight(**tensors)
+    with pytest.raises(ValueError, match=f"decode: {name} is null or not aligned to 16 bytes"):
+        cuda.launch(
+            emulated,
+            x,
+            y,
+            weight,
+            (8, False, False),
+            None,
+            "decode",
+            1,
+            None,
+            lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256),
+        )
+
+
+def test_the_largest_call_is_counted_right(emulated):
+    """2^20 tokens and 2^20 rows, more bytes and tiles than 31 bits count, and the longest rows: the workspace is the sum of its parts."""
+    tokens = rows = 1 << 20
+    for config, (n, m) in list(cuda.CONFIGS.items())[2:]:
+        for columns, parts in ((64, 1), (kernels.MAX_COLUMNS, 64)):
+            call = cuda.Call(
+                B=1, T=tokens, K=columns, N=rows, groupsize=columns, levels=255, config=cuda.CONFIG_NUMBERS[config], splits=parts, steps=3
+            )
+            codes, sums, scale, zero, ranges = tokens * columns, 4 * tokens, 4 * tokens, 4 * tokens, 8 * 1024
+            tiles = (rows // n) * (tokens // m)
+            split = tiles * parts * n * m * 4 + tiles * 4 if parts > 1 else 0
+            assert emulated.awrq_workspace(ctypes.byref(call)) == codes + sums + scale + zero + ranges + split
+
+
+@pytest.mark.parametrize(("config", "parts"), [("decode", 3), ("128x16", 3), ("128x64", 1)])
+def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
+    """What the benchmark does to time the product alone: quantize once, multiply again and again."""
+    x, weight = activations(1, 5, 256, torch.float16), prepared(104, 256)
+    memory = guarded(emulated, torch.full((1 << 20,), 255, dtype=torch.uint8), 256)
+    x, weight = guarded(emulated, x), kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in weight))
+    for steps in (cuda.QUANTIZE, cuda.MULTIPLY, cuda.MULTIPLY):
+        y = guarded(emulated, torch.full((1, 5, 104), float("nan"), dtype=x.dtype))
+        cuda.launch(emulated, x, y, weight, (8, False, False), None, config, parts, None, lambda n: memory, steps)
+        assert y.isnan().all() if steps == cuda.QUANTIZE else torch.equal(y, kernels.w4a8_linear(x, weight))
+
+
+def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
+    """bench.check, on the emulator instead of a GPU: all equal, and not where the kernels compute something else."""
+    monkeypatch.setattr(check, "GROUPS", (-1,))
+
+    def few(library, device):
+        yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
+
+    (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
+    assert right == {"check": "few", "cases": 4 * len(cuda.CONFIGS), "wrong": [], "error": None}
+
+    def broken(library, device):
+        yield "one case", True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
+    assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
+    assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out
+    monkeypatch.setattr(check, "poisoned", lambda *args, poisoned=check.poisoned: poisoned(*args).neg_())
+    (wrong,) = check.run_checks((few,), emulated, torch.device("cpu"))
+    assert len(wrong["wrong"]) == wrong["cases"] and "WRONG, as ['decode_fused / 1, 2x5" in capsys.readouterr().out
