@@ -188,6 +188,14 @@ def recipe_of(script, line, context=2048):
     return with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_report_of_the_machine():
+    """After every evaluation lm-eval asks pip and the system what is installed: a second, and no part of a result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
+        yield
+
+
 @pytest.fixture(params=VARIANTS, ids="-".join)
 def model(request):
     """A tiny model of every family and variant; `groups`, `absorb`, `keeps_in_scale` say what the tables of this file say about it."""
