@@ -32,8 +32,7 @@ def walked(decoder, batches, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("home", ["device", "folder"])
-@pytest.mark.parametrize("walk_batch", [1, 2, 5])
+@pytest.mark.parametrize(("walk_batch", "home"), [(1, "device"), (2, "folder"), (5, "device")])
 def test_a_walked_decoder_is_the_model(model, walk_batch, home, tmp_path):
     found = walked(decoder_of(model), IDS.split(walk_batch), Place(CPU, tmp_path if home == "folder" else home))
     assert [len(part) for part in found] == [len(b) for b in IDS.split(walk_batch)]
@@ -121,16 +120,19 @@ def test_a_family_row_is_the_model(family, variant):
 # Blocks that do not fit
 
 
+@pytest.fixture(scope="module", params=[AWRQ, Recipe(method="act_only", act_bits=6, smooth=True), None], ids=["codes", "scales", "full"])
+def four_blocks(request):
+    """A decoder of codes, of weights with scales, and of what it was; and all of it at once."""
+    model = tiny_model("llama", "grouped", num_hidden_layers=4)
+    decoder = quantize(model, token_ids(4, 32), request.param)[1].decoder() if request.param else decoder_of(model)
+    return decoder, decoder.materialize(CPU)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [AWRQ, Recipe(method="act_only", act_bits=6, smooth=True), None], ids=["codes", "scales", "full"])
 @pytest.mark.parametrize("blocks_that_fit", [0, 1, 2, 4])
-def test_blocks_that_do_not_fit_are_made_when_they_run(monkeypatch, blocks_that_fit, recipe):
+def test_blocks_that_do_not_fit_are_made_when_they_run(four_blocks, blocks_that_fit):
     """What is kept of them is what is stored, packed, and they compute the same again and again."""
-    monkeypatch.setitem(TINY["llama"]["settings"], "num_hidden_layers", 4)
-    decoder = decoder_of(tiny_model("llama", "grouped"))
-    if recipe:
-        decoder = quantize(tiny_model("llama", "grouped"), token_ids(4, 32), recipe)[1].decoder()
-    ids, whole = token_ids(2, 16), decoder.materialize(CPU)
+    (decoder, whole), ids = four_blocks, token_ids(2, 16)
     size, others = (sum(t.nbytes for t in module.parameters()) for module in (whole.model.layers[0], whole))
     memory = others - 4 * size + size * (blocks_that_fit + 1.5) if blocks_that_fit < 4 else math.inf
     model = decoder.materialize(CPU, memory)

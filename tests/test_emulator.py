@@ -29,11 +29,20 @@ def most_tokens(config):
     return 16 if config.startswith("decode") else 200
 
 
-@pytest.mark.parametrize("reverse_eager", [(False, False), (True, True), (True, False)], ids=["", "reverse-eager", "reverse"])
+ORDERS = {"": (False, False), "reverse-eager": (True, True), "reverse": (True, False)}  # of warps, and of the copies of cp.async
+
+
 @pytest.mark.parametrize(
-    ("config", "groupsize"), [(config, g) for config in cuda.CONFIGS for g in (-1, 128, 64) if (config, g < 0) != ("256x128", False)]
+    ("config", "groupsize", "order"),
+    [
+        (config, groupsize, order)
+        for config in cuda.CONFIGS
+        for groupsize, orders in ((-1, tuple(ORDERS)), (128, ("", "reverse")), (64, ("reverse-eager",)))
+        for order in orders
+        if groupsize < 0 or config != "256x128"
+    ],
 )
-def test_kernels_equal_op(emulated, config, groupsize, reverse_eager):
+def test_kernels_equal_op(emulated, config, groupsize, order):
     """Every configuration: types, per sequence and token, padded columns, rows and sequences, split and not, whichever warp is first."""
     R = 250 if config == "256x128" else 104
     cases = [
@@ -46,7 +55,7 @@ def test_kernels_equal_op(emulated, config, groupsize, reverse_eager):
     for i, (x, *settings) in enumerate(cases):
         weight = prepared(R - (i == 1), x.shape[2], groupsize)
         parts = 1 if config == "decode_fused" or i % 2 else 2
-        y = emulate(emulated, x, weight, config, parts, *settings, *reverse_eager)
+        y = emulate(emulated, x, weight, config, parts, *settings, *ORDERS[order])
         assert_equal_to_op(y, x, weight, *settings)
 
 

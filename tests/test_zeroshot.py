@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -23,10 +24,13 @@ FIRST_VARIANTS = [(family, next(iter(TINY[family]["variants"]))) for family in T
 AWRQ = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True)
 
 
+@cache
 def quantized(family="llama", variant="grouped", recipe=AWRQ):
+    """A quantized model, whole, that no test changes."""
     return quantize(tiny_model(family, variant), token_ids(4, 32), recipe)[0]
 
 
+@cache
 def unquantized(family="llama", variant="plain"):
     return decoder_of(tiny_model(family, variant)).materialize(CPU)
 
