@@ -97,6 +97,7 @@ TINY = {
 for row in TINY.values():
     row.setdefault("in_scale", dict.fromkeys(row["variants"], ()))
 VARIANTS = [(family, variant) for family in TINY for variant in TINY[family]["variants"]]
+FIRST_VARIANTS = [(family, next(iter(TINY[family]["variants"]))) for family in TINY]
 
 
 def tiny_model(family="opt", variant="pre-norm", seed=0, **settings):

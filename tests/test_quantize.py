@@ -25,17 +25,17 @@ QUANTIZING = [name for name, method in METHODS.items() if method.weights or True
 
 
 def recipes():
-    """Every quantizing method, with and without smoothing and activation quantization as far as the table allows, and the options."""
+    """Every quantizing method, with and without smoothing and activation quantization as far as the table allows; options in pairs."""
     for name in QUANTIZING:
         method = METHODS[name]
         base = Recipe(method=name, wbits=4 if method.weights else 16, act_bits=8 if method.acts[0] else 16, smooth=method.smooth[0])
         yield from (replace(base, smooth=smooth) for smooth in method.smooth)
-        yield from (replace(base, smooth=smooth, act_bits=6) for smooth in method.smooth if True in method.acts)
+        smooth = True in method.smooth
         if True in method.acts:
+            yield replace(base, act_bits=6, smooth=smooth)
             yield replace(base, act_bits=5, act_pertoken=True)
         if method.stats:
-            yield from (replace(base, true_sequential=True, smooth=smooth) for smooth in method.smooth)
-            smooth = True in method.smooth
+            yield replace(base, true_sequential=True)
             yield replace(base, target="stream", target_mix=0.7, bias_correction=True)
             # Activations are not rounded here: with these options together a tie of the first block changes half of the codes after it.
             yield replace(base, target="stream", target_mix=1.0, grid="reformulated", smooth=smooth, true_sequential=True, act_bits=16)
@@ -49,8 +49,10 @@ FEW = [
     Recipe(method="gptq", wbits=4, act_bits=6, true_sequential=True),
     Recipe(method="act_only", act_bits=6, act_pertoken=True, smooth=True),
 ]
-BY_HAND = [(("opt", "pre-norm"), recipe) for recipe in RECIPES]  # every recipe once, every variant of every family with a few
-BY_HAND += [(variant, recipe) for variant in VARIANTS if variant != ("opt", "pre-norm") for recipe in FEW]
+BY_HAND = [(("opt", "pre-norm"), recipe) for recipe in RECIPES]  # every recipe once, every variant with two of a few, every family with all
+OTHERS = [variant for variant in VARIANTS if variant != ("opt", "pre-norm")]
+BY_HAND += [(variant, recipe) for k, variant in enumerate(OTHERS) for recipe in FEW if recipe != FEW[1 + k % 2]]
+BY_HAND += [(OTHERS[-1], FEW[1 + (len(OTHERS) - 1) % 2])]  # a family of one variant
 
 
 def describe(recipe):
@@ -249,19 +251,18 @@ def test_what_is_stored_is_what_the_model_computes_with(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.true_sequential], ids=describe)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.true_sequential and r.act_bits != 6], ids=describe)
 def test_no_result_depends_on_the_walk_batch_or_the_order_of_sequences(recipe):
     codes, ppls = [], []
-    for walk_batch, ids in ((1, IDS), (2, IDS), (3, IDS.flip(0))):
+    for walk_batch, ids in ((1, IDS), (3, IDS.flip(0))):
         model = tiny_model("opt", "post-norm" if recipe.smooth else "pre-norm")
         _, store, _ = quantize(model, ids, recipe, walk_batch)
         codes.append({(i, name): pair for i in range(2) for name, pair in store.codes(i).items()} if store.packs else {})
         ppls.append(perplexity(store.decoder(), IDS.flatten(), 48, CPU, walk_batch)["ppl"])
-    assert ppls == pytest.approx([ppls[0]] * 3, rel=1e-3)
+    assert ppls[0] == pytest.approx(ppls[1], rel=1e-3)
     for key, (q, _) in codes[0].items():
-        for other in codes[1:]:
-            agree = (q == other[key][0]).double().mean().item()
-            assert agree >= 0.9999, f"{key} {agree:.2%}"
+        agree = (q == codes[1][key][0]).double().mean().item()
+        assert agree >= 0.9999, f"{key} {agree:.2%}"
 
 
 @pytest.mark.slow

@@ -195,6 +195,7 @@ def test_tasks_as_a_table_or_as_json(json_of):
     assert '"world_why": {' in json_of(*TASK)["out"]
 
 
+@pytest.mark.xdist_group("index of tasks")
 def test_a_task_whose_data_is_missing(cli, tiny_opt, corpora):
     arguments = (tiny_opt, "--data_dir", corpora, "--eval", "", "--tasks", f"storycloze,{TASK[1]}", *TASK[2:])
     status, _, err = cli(*arguments)

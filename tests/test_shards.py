@@ -67,9 +67,13 @@ def folder_of(folder, model, kind):
 KINDS = ["safetensors", "safetensors sharded", "bin", "bin sharded", "old", "safetensors body", "bin body", "bin sharded body", "old body"]
 
 
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+BY_FORMAT = [[kind for kind in KINDS if kind.startswith(name)] for name in ("safetensors", "bin", "old")]
+LAYOUTS = [(kind, TYPES[k % 3]) for kinds in BY_FORMAT for k, kind in enumerate(kinds)] + [("old", TYPES[2])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), LAYOUTS, ids=str)  # every layout, and every format with every type
 def test_every_layout_is_the_model(kind, dtype, tmp_path, capsys):
     model = tiny_model().to(dtype)
     decoder = open_decoder(folder_of(tmp_path, model, kind), str(dtype).removeprefix("torch."))

@@ -195,7 +195,7 @@ def test_a_broken_task_file(tmp_path):
 # Real tasks
 
 
-def item_scores(model, tokenizer, tasks, batch_size, limit=None):
+def item_scores(model, tokenizer, tasks, batch_size, limit=60):
     """[[log-likelihood of each choice] of each item] and the accuracies."""
     found = lm_eval.simple_evaluate(
         QuantizedLM(model, tokenizer, batch_size), tasks=tasks, limit=limit, log_samples=True, task_manager=FILES
@@ -209,7 +209,7 @@ def test_accuracies_of_a_real_model_equal_the_lm_eval_commands(tmp_path):
     """What `lm_eval --model hf --model_args pretrained=...,dtype=float32` does, on task files of its own that read the same rows."""
     names = ["copa", "piqa", "arc_easy"]
     tasks, model = load_tasks(names, SHARED / "data"), open_decoder(STORIES).materialize(CPU)
-    ours = zero_shot(model, load_tokenizer(STORIES), tasks, batch_size=8, limit=100)
+    ours = zero_shot(model, load_tokenizer(STORIES), tasks, batch_size=8, limit=50)
     index, files = zeroshot.task_manager(True).task_index, []
     for name in names:
         split = "test" if name == "arc_easy" else "validation"
@@ -227,7 +227,7 @@ def test_accuracies_of_a_real_model_equal_the_lm_eval_commands(tmp_path):
         tasks=list(map(str, files)),
         task_manager=FILES,
         batch_size=8,
-        limit=100,
+        limit=50,
         device="cpu",
     )
     assert list(accuracies(ours)) == names

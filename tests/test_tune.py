@@ -61,8 +61,7 @@ def test_a_linear_that_is_tuned_computes_what_it_did(kind):
         torch.testing.assert_close(TunedLinear(frozen, q, grid)(inputs), frozen(inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "keeps"), [*((kind, False) for kind in KINDS), ("in_scale", True), ("llama", True)])
 def test_gradients_are_those_of_the_whole_model(kind, keeps):
     """Whether the blocks are kept or made again for every step, back and forth."""
     store = finished(kind)

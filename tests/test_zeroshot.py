@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, TINY, WORDS, quantize, tiny_model, token_ids, toy_tokenizer
+from conftest import CPU, FIRST_VARIANTS, WORDS, quantize, tiny_model, token_ids, toy_tokenizer
 from lm_eval.models.huggingface import HFLM
 
 import quant
@@ -20,7 +20,6 @@ from recipe import Recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("index of tasks")]  # one process: what they share takes seconds to make
 
-FIRST_VARIANTS = [(family, next(iter(TINY[family]["variants"]))) for family in TINY]
 AWRQ = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True)
 
 
