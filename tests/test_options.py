@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import CPU, FinishedBlocks, decoder_blocks, recipe_of, tiny_model, token_ids
+from conftest import CPU, VARIANTS, FinishedBlocks, decoder_blocks, recipe_of, tiny_model, token_ids
 from conftest import quantize as quantize_model
 from test_awrq import quantize
 
@@ -387,7 +387,12 @@ def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["plus", "serve"])
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [*((variant, ("plus", "serve")[k % 2]) for k, variant in enumerate(VARIANTS)), (VARIANTS[-1], ("plus", "serve")[len(VARIANTS) % 2])],
+    indirect=["model"],
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) else None,
+)  # every family with both
 def test_a_preset_runs_on_every_model(model, preset):
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, **PRESETS[preset])
     if FAMILIES[model.config.model_type].residual.obstacle(model.config):

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import CPU, TINY, VARIANTS, FinishedBlocks, decoder_blocks, quantize, tiny_model, token_ids
+from conftest import CPU, FIRST_VARIANTS, TINY, VARIANTS, FinishedBlocks, decoder_blocks, quantize, tiny_model, token_ids
 from torch import nn
 
 from evaluation.perplexity import perplexity
@@ -288,7 +288,12 @@ def test_the_model_keeps_its_type(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("model", "alpha"),
+    [*((variant, 0.5) for variant in VARIANTS), *((variant, alpha) for variant in FIRST_VARIANTS[:2] for alpha in (0.0, 1.0))],
+    indirect=["model"],
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) else None,
+)
 def test_smoothing_alone_changes_no_logit(model, alpha):
     before = logits(model)
     norms = [p.clone() for name, p in model.named_parameters() if "norm" in name]
@@ -305,6 +310,7 @@ def test_smoothing_alone_changes_no_logit(model, alpha):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", FIRST_VARIANTS, indirect=True, ids="-".join)
 def test_smoothing_moves_the_outliers(model):
     """It does something: at few activation bits the smoothed model is closer to the full one."""
     full, losses = logits(model), []
