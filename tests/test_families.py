@@ -144,6 +144,7 @@ def test_a_real_configuration_is_made_small_with_a_block_of_each_kind(run_script
     assert status == 2 and len(err) == 1 and "no model can be made" in err[0], err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "olmo2"])
 def test_a_saved_model_of_a_new_family_is_loaded(family, tmp_path):
     model, ids = check.random_model(tiny_config(family, next(iter(VARIANTS.get(family, [{}]))))).float(), token_ids(3, 24)

@@ -47,6 +47,7 @@ def same_weights(a, b):
         assert all(t.dtype == b[file][name].dtype and t.equal(b[file][name]) for name, t in a[file].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=settings_id)
 def test_transformers_loads_a_folder_as_we_do(kind, settings, tmp_path):
     """The same logits to the last bit, in either arithmetic and in another type; padding is no part of a row, whoever generates."""
@@ -75,6 +76,7 @@ def test_padding_is_found_out_by_itself(tmp_path):
     assert (model(IDS).logits[0, :11] - alone).abs().max() > 1e-4, "else padding would not matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3, 6])
 def test_a_whole_model_writes_its_folder_again(number, tmp_path):
     kind, settings = CASES[number]
@@ -121,6 +123,7 @@ def test_what_wrote_a_folder_is_said_by_whoever_writes_it_again(tmp_path):
         assert about["model"] == "me/base" and about["commit"] != "old" and about["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_saving_what_was_changed_beside_a_tokenizer(tmp_path):
     """A changed norm is saved; files that are there stay, old shards go."""
     saved(tmp_path / "a", tiny_model(*TYPES[2]))
@@ -135,6 +138,7 @@ def test_saving_what_was_changed_beside_a_tokenizer(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_sending_a_whole_model(tmp_path, monkeypatch):
     saved(tmp_path / "a", tiny_model(*TYPES[0]))
     sent = []
