@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 IDS = token_ids(4, 16)
 EXPORTED = [
-    *((kind, settings) for kind in TYPES[:3] for settings in ({}, {"groupsize": 16}, {"sym": True})),
+    *zip(TYPES[:3], ({}, {"groupsize": 16}, {"sym": True}), strict=True),
+    (TYPES[2], {}),
     (TYPES[0], {"smooth": True}),
     (TYPES[2], {"smooth": True, "act_pertoken": True}),
     (TYPES[3], {"act_pertoken": True, "groupsize": 16, "sym": True}),
