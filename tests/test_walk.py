@@ -196,7 +196,7 @@ def linears_of(variants):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "variant", "name"), linears_of([*FIRST_VARIANTS, ("opt", "post-norm")]), ids="-".join)
+@pytest.mark.parametrize(("family", "variant", "name"), linears_of([*FIRST_VARIANTS, ("opt", "post-norm")]))
 def test_inf_in_an_activation_names_block_and_layer(family, variant, name):
     """Both while quantizing and while evaluating.  The weights themselves are finite."""
     model = tiny_model(family, variant)
