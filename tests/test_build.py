@@ -244,6 +244,15 @@ def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, 
 # ---------------------------------------------------------------------------
 # The model of their speed
 
+
+def test_a_tool_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(machine_code.shutil, "which", lambda name, path: f"/a/{name}")
+    assert machine_code.tool("cuobjdump") == "/a/cuobjdump"
+    monkeypatch.setattr(machine_code.shutil, "which", lambda name, path: None)
+    with pytest.raises(UsageError, match="no nvdisasm on the PATH: pip install nvidia-cuda-nvdisasm"):
+        machine_code.tool("nvdisasm")
+
+
 SASS = """add:
 .L_x_1:
         /*0000*/                   LDS R0, [R2] ;                       /* 0x0000000002007984 */
