@@ -1,6 +1,6 @@
 # make demo        a first result in a minute: every method on two tiny models of this repository, on a CPU
 # make demo-full   the same with more bit widths, three seeds and two tasks, some minutes
-# make test        all tests, about 9 minutes on 2 cores;  make test-quick: those that take no time, under a minute
+# make test        all tests, about 7 minutes on 2 cores;  make test-quick: those that take no time, under a minute
 # make real        a real model, hours; DATA=FOLDER has the text
 # Each first installs into .venv, once.  PYTHON: the Python to make .venv with, 3.11 or newer.
 PYTHON ?= python3
