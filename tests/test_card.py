@@ -55,6 +55,7 @@ def test_sizes_by_part(tmp_path):
         assert f"embedding {matrix / 1000:.1f}, head {matrix / 1000:.1f}" in line
 
 
+@pytest.mark.slow
 def test_what_is_not_quantized_in_16_bits(tmp_path):
     """And in no larger type than the checkpoint's.  What was measured is what is saved."""
     ids = token_ids(2, 16)
@@ -75,6 +76,7 @@ def test_what_is_not_quantized_in_16_bits(tmp_path):
     assert recipe().rest_dtype == "auto"
 
 
+@pytest.mark.slow
 def test_in_which_arithmetic_a_loaded_model_computes(cli, tmp_path, corpora):
     saved(tmp_path / "saved", tiny_model())
     common = ("--load", tmp_path / "saved", "--data_dir", corpora, "--eval", "own", "--device", "cpu")

@@ -73,6 +73,7 @@ def vllm(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_checking_an_export_against_vllm(run_script, vllm, tmp_path):
     """Green where every tensor is as it is allocated; red for asymmetric activations, another shape or type, and a tensor too many."""
     exports = {}
