@@ -23,10 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import kernels
 from families import FAMILIES
-from formats.checkpoint import FORMAT, INDEX, computes_integers, finished_linear
+from formats.checkpoint import FORMAT, INDEX, computes_integers, frozen
 from formats.codes import PARTS, packed_shapes, unpacked_linear
 from formats.whole import chosen, saves_itself
-from quant import Batch, QuantLinear, from_int
+from quant import Batch, QuantLinear, from_int, use_integers
 from recipe import ARITHMETICS, Recipe, UsageError
 
 
@@ -59,18 +59,15 @@ class Stored(nn.Module):
         self.bias = linear.bias
         self.in_scale = nn.Parameter(torch.empty(self.C, dtype=torch.float32), requires_grad=False) if divided else None
 
-    def finished(self, recipe, batch, arithmetic):
-        """What computes it, on the device where its codes are."""
-        device = self.codes.device
+    def finished(self, recipe, batch):
+        """The frozen QuantLinear, in host memory, and its codes."""
         packed = {part: getattr(self, part).data.cpu() for part in PARTS}
         codes = unpacked_linear({f"it.{part}": t for part, t in packed.items()}, "it", (self.R, self.C), recipe)
         bias = None if self.bias is None else self.bias.data.cpu()
         linear = QuantLinear(SimpleNamespace(weight=torch.empty(0, dtype=self.dtype), bias=bias), batch)
         linear.weight.data = from_int(*codes)
-        integers = computes_integers(recipe) and chosen(arithmetic, device) == "integers"
-        kernel = kernels.select("auto", device)[0] if integers else None
         in_scale = None if self.in_scale is None else self.in_scale.data.cpu()
-        return finished_linear(linear, codes, packed, in_scale, recipe, kernel).to(device)
+        return frozen(linear, packed, in_scale, recipe), codes
 
 
 @register_quantizer("awrq")
@@ -99,29 +96,40 @@ class AwrqQuantizer(HfQuantizer):
         self.stored_dtype = dtype and getattr(torch, dtype)
         return config
 
-    def _linears(self, model):
-        """Names of the quantized linears, block after block."""
+    def _blocks(self, model):
+        """(block, names of its quantized linears), one after another."""
         family = FAMILIES[model.config.model_type]
-        for i in range(len(model.get_submodule(family.blocks))):
-            yield from (f"{family.blocks}.{i}.{name}" for group in family.groups for name in group.linears)
+        for block in model.get_submodule(family.blocks):
+            yield block, [name for group in family.groups for name in group.linears]
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=(), **kwargs):
         divided = set()
         for path in checkpoint_files:
             with safe_open(path, framework="pt") as f:
                 divided |= {name.removesuffix(".in_scale") for name in f.keys() if name.endswith(".in_scale")}  # noqa: SIM118  not a dict
-        for name in self._linears(model):
-            model.set_submodule(name, Stored(model.get_submodule(name), self.recipe, name in divided))
+        prefix = FAMILIES[model.config.model_type].blocks
+        for i, (block, names) in enumerate(self._blocks(model)):
+            for name in names:
+                block.set_submodule(name, Stored(block.get_submodule(name), self.recipe, f"{prefix}.{i}.{name}" in divided))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError("AWRQ linears stay on the device that computes them, so no part can be offloaded; give another device_map")
         batch = Batch()
-        for name in self._linears(model):
-            model.set_submodule(name, model.get_submodule(name).finished(self.recipe, batch, self.quantization_config.arithmetic))
-        for block in model.get_submodule(FAMILIES[model.config.model_type].blocks):
+        for block, names in self._blocks(model):
+            self._finish(block, names, model.config, batch)
             block.register_forward_pre_hook(batch.observe, with_kwargs=True)
         batch.attach(model)
         model.batch = batch
         return saves_itself(model, self.recipe, self.quantization_config.about, self.stored_dtype)
+
+    def _finish(self, block, names, config, batch):
+        """Put what computes them in the place of the Stored linears of a block, on the device where they are."""
+        device, codes = block.get_submodule(names[0]).codes.device, {}
+        for name in names:
+            linear, codes[name] = block.get_submodule(name).finished(self.recipe, batch)
+            block.set_submodule(name, linear)
+        if computes_integers(self.recipe) and chosen(self.quantization_config.arithmetic, device) == "integers":
+            use_integers(block, FAMILIES[config.model_type], config, codes, kernels.select("auto", device)[0])
+        block.to(device)

@@ -27,7 +27,7 @@ from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
-from quant import IntLinear, from_int, put_together, replace_linears
+from quant import from_int, replace_linears, use_integers
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
 from smoothquant import fold_group
@@ -129,20 +129,13 @@ def link_or_copy(source, target):
 
 
 def frozen(linear, packed, in_scale, recipe):
-    """A QuantLinear with the dequantized weight, as it computes, and with what it was made of; packed, in_scale: see finished_linear."""
+    """A QuantLinear with the dequantized weight, as it computes, and with what it was made of.
+
+    packed: {part: tensor}, as they are stored; in_scale: (C,), or None.
+    """
     linear.in_scale, linear.stored = in_scale, packed
     linear.freeze(recipe.acts)
     return linear
-
-
-def finished_linear(linear, codes, packed, in_scale, recipe, kernel):
-    """What computes a quantized linear: an IntLinear with a kernel, where the integer op takes it, else the frozen QuantLinear.
-
-    linear: a QuantLinear with the dequantized weight; codes: (codes (R, C) uint8, Grid); packed: {part: tensor}, as they are stored;
-    kernel: of kernels.w4a8_linear, or None.
-    """
-    linear = frozen(linear, packed, in_scale, recipe)
-    return IntLinear([linear], [codes], kernel) if kernel and computes_integers(recipe) else linear
 
 
 class Store:
@@ -237,11 +230,7 @@ class Store:
         for name, linear in linears.items():
             frozen(linear, {part: tensors[f"{name}.{part}"] for part in PARTS}, in_scales[name], recipe)
         if self.kernel and computes_integers(recipe):
-            for group in self.original.family.groups:
-                if names := [name for name in group.linears if name in linears]:
-                    pairs = [codes[name] for name in names]
-                    whole = IntLinear([linears[name] for name in names], pairs, self.kernel)
-                    put_together(block, names, whole, [len(q) for q, _ in pairs])
+            use_integers(block, self.original.family, self.original.config, codes, self.kernel)
         return block
 
     def _smoothed(self, block, tensors, batch):
