@@ -218,6 +218,12 @@ def replace_linears(block, names, batch):
     return linears
 
 
+def producer_of(linear):
+    """The kernels.Producer of an IntLinear, or one like it."""
+    norm = () if linear.norm is None else (linear.norm.weight, linear.norm.eps)
+    return kernels.Producer(*norm, gated=linear.gated)
+
+
 class IntLinear(nn.Module):
     """Quantized linears that read the same input as one, in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
 
@@ -245,9 +251,7 @@ class IntLinear(nn.Module):
 
     def forward(self, x):
         weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))
-        norm = () if self.norm is None else (self.norm.weight, self.norm.eps)
-        producer = kernels.Producer(*norm, gated=self.gated)
-        y = kernels.w4a8_linear(self.smoothed(x).contiguous(), weight, *self.acts, kernel=self.kernel, producer=producer)
+        y = kernels.w4a8_linear(self.smoothed(x).contiguous(), weight, *self.acts, kernel=self.kernel, producer=producer_of(self))
         return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self):
@@ -333,6 +337,14 @@ def use_integers(block, family, config, codes, kernel):
         pairs = [codes[name] for name in group.linears]
         whole = IntLinear(linears, pairs, kernel)
         put_together(block, group.linears, whole, [len(q) for q, _ in pairs])
+    defer_producers(block, family, config)
+
+
+def defer_producers(block, family, config):
+    """Let the IntLinears of a block, put together, compute the norm or the gate in front of them, where they have no in_scale."""
+    for group in family.groups:
+        first = block.get_submodule(group.linears[0])
+        whole = first.together.whole if isinstance(first, Part) else first
         if group.producer in family.rms_norms and whole.in_scale is None:
             whole.norm = DeferredNorm(block.get_submodule(group.producer))
             block.set_submodule(group.producer, whole.norm)

@@ -381,6 +381,11 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield "one case", True
         raise RuntimeError("an illegal memory access was encountered")
 
+    def producers(library, device):
+        yield from check.every_producer(library, device, ((2, 5, 256, 64),), check.TYPES)
+
+    (made,) = check.run_checks((producers,), emulated, torch.device("cpu"))
+    assert made == {"check": "producers", "cases": 2 * 2 * 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
     first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
     assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
     assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out
