@@ -159,6 +159,7 @@ struct GatedRow {
     return gate;
   }
   DEVICE Eight<T> eight(int i) const {
+    if (i >= gate.K) return {};
     Eight<T> v = gate.eight(i), u = up.eight(i);
     #pragma unroll
     for (int j = 0; j < 8; ++j) v.values[j] = gated(v.values[j], u.values[j]);

@@ -159,31 +159,27 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
   int* sums = reinterpret_cast<int*>(shared + Row::BYTES);
   Row row(a, index, reinterpret_cast<float*>(shared));
   Loaded batch;
-  batch.load(row, begin);
+  Range r;
+  int held = begin;  // the first column of the batch in the registers, which hold but one
+  for (int first = begin, all = parts == 0 ? a.K : begin + 1; first < all; held = first, first += Loaded::columns()) {
+    batch.load(row, first);
+    if (parts == 0) r = widened(r, batch);
+  }
 
   for (int i = (blockIdx.y * gridDim.x + index) * blockDim.x + threadIdx.x; i < n_tickets; i += gridDim.x * gridDim.y * blockDim.x) tickets[i] = 0;
   for (int i = threadIdx.x; i < groups; i += blockDim.x) sums[i] = 0;
 
-  Range r;
-  if (parts == 0) {
-    r = widened(r, batch);
-    for (int first = Loaded::columns(); first < a.K; first += Loaded::columns()) {
-      batch.load(row, first);
-      r = widened(r, batch);
-    }
-    if (Loaded::columns() < a.K) batch.load(row, 0);  // again, as the registers hold but one batch
-  } else {
-    for (int i = threadIdx.x; i < parts; i += blockDim.x) {
-      float2 part = ranges[static_cast<size_t>(index / a.T) * parts + i];
-      r = widened(r, Range{part.x, part.y});
-    }
+  for (int i = threadIdx.x; i < parts; i += blockDim.x) {
+    float2 part = ranges[static_cast<size_t>(index / a.T) * parts + i];
+    r = widened(r, Range{part.x, part.y});
   }
   Grid grid(block_range(r, sums + groups), a);  // waits for all threads, sums are cleared too
   if (threadIdx.x == 0 && begin == 0) out.scale[index] = grid.scale, out.zero[index] = grid.zero_code(a.levels);
 
   int total = 0;
   for (int first = begin; first < end; first += Loaded::columns()) {  // whole warps go round, as they add up together
-    if (first > begin) batch.load(row, first);
+    if (first != held) batch.load(row, first);
+    held = -1;  // what comes next is another
     #pragma unroll
     for (int b = 0; b < Loaded::COUNT; ++b) {
       int i = Loaded::column(first, b), sum = 0;
