@@ -29,7 +29,7 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
   if (threadIdx.x < M) out.sums[threadIdx.x] = 0;
   for (int m = 0; m < M; ++m) {
     Batch<T, 16> batch;
-    Range r = warp_range(thread_range(batch, PlainRow<T>(a, m, nullptr), a.K));
+    Range r = warp_range(thread_range(batch, PlainRow<T>(a, m, nullptr), 0, a.K));
     if (lane == 0) ranges[(m * D::WARPS + warp) * 2] = ordered(r.lo), ranges[(m * D::WARPS + warp) * 2 + 1] = ordered(r.hi);
   }
   __syncthreads();
@@ -44,7 +44,7 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
     Batch<T, 8> batch;  // for more there are no registers beside the weight's
     int total = 0;
     for (int begin = 0; begin < a.Kp; begin += batch.columns()) {
-      batch.load(row, begin);
+      batch.load(row, begin, a.K);
       #pragma unroll
       for (int b = 0; b < batch.COUNT; ++b) {
         int i = batch.column(begin, b);

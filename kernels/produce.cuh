@@ -21,15 +21,13 @@ struct Activations {
 template <class T>
 struct alignas(16) Eight { T values[8]; };
 
-// x[i], ..., x[i+7]; 0 from x[end] on.  Rows of a multiple of 8 elements are aligned to 16 bytes and have nothing of another row in the eight.
+// x[i], ..., x[i+7], i < end; 0 from x[end] on.  Rows of a multiple of 8 elements are aligned to 16 bytes and have nothing of another row in the eight.
 template <class T>
 DEVICE Eight<T> load8(const T* x, int i, int end) {
   union { uint4 words[sizeof(T) / 2]; Eight<T> eight; } u = {};
   if (end % 8 == 0) {
-    if (i < end) {
-      #pragma unroll
-      for (int j = 0; j < static_cast<int>(sizeof(T) / 2); ++j) u.words[j] = reinterpret_cast<const uint4*>(x + i)[j];
-    }
+    #pragma unroll
+    for (int j = 0; j < static_cast<int>(sizeof(T) / 2); ++j) u.words[j] = reinterpret_cast<const uint4*>(x + i)[j];
   } else {
     #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -46,13 +44,16 @@ struct Batch {
   DEVICE static int columns() { return 8 * blockDim.x * COUNT; }  // of all threads
   DEVICE static int column(int first, int i) { return first + 8 * (threadIdx.x + i * blockDim.x); }
   template <class Row>
-  DEVICE void load(const Row& row, int first) {
+  DEVICE void load(const Row& row, int first, int end) {  // 0 from column `end` of the row on
     #pragma unroll
-    for (int i = 0; i < COUNT; ++i) eights[i] = row.eight(column(first, i));
+    for (int i = 0; i < COUNT; ++i) {
+      int c = column(first, i);
+      eights[i] = c < end ? row.eight(c) : Eight<T>{};
+    }
   }
 };
 
-// A row of what is quantized: eight(i) is its columns i to i + 7, 0 from column K on; at(i) is one of them.  All threads of a block make it, as they
+// A row of what is quantized: eight(i), i < K, is its columns i to i + 7, 0 from column K on; at(i) is one of them.  All threads of a block make it, as they
 // may have to read all of it first; memory: kRowBytes of shared memory.
 constexpr int kRowColumns = 256;                     // of a warp's eights
 constexpr int kRowBytes = 65536 / kRowColumns * 4;   // a sum for each
@@ -81,7 +82,7 @@ DEVICE float sum_of_squares(const PlainRow<T>& row, float* memory) {
   __syncthreads();  // all have read the sums of a row before
   Batch<T, 16> batch;
   for (int first = 0; first < row.K; first += batch.columns()) {
-    batch.load(row, first);
+    batch.load(row, first, row.K);
     #pragma unroll
     for (int b = 0; b < batch.COUNT; ++b) {
       int of_warp = batch.column(first, b) - 8 * lane;
@@ -159,7 +160,6 @@ struct GatedRow {
     return gate;
   }
   DEVICE Eight<T> eight(int i) const {
-    if (i >= gate.K) return {};
     Eight<T> v = gate.eight(i), u = up.eight(i);
     #pragma unroll
     for (int j = 0; j < 8; ++j) v.values[j] = gated(v.values[j], u.values[j]);

@@ -78,12 +78,12 @@ DEVICE Range widened(Range r, const Batch<T, WORDS>& batch) {
   return r;
 }
 
-// The range of a row, as this thread sees it; the batch is left with the last columns.
+// The range of columns begin to end of a row, as this thread sees it; the batch is left with the last columns.
 template <class Row, int WORDS>
-DEVICE Range thread_range(Batch<typename Row::T, WORDS>& batch, const Row& row, int end) {
+DEVICE Range thread_range(Batch<typename Row::T, WORDS>& batch, const Row& row, int begin, int end) {
   Range r;
-  for (int first = 0; first < end; first += batch.columns()) {
-    batch.load(row, first);
+  for (int first = begin; first < end; first += batch.columns()) {
+    batch.load(row, first, end);
     r = widened(r, batch);
   }
   return r;
@@ -131,23 +131,26 @@ DEVICE int counted_rows(const Activations& a, int sequence) {
   return a.lengths ? max(0, min(a.T, a.lengths[sequence])) : a.T;
 }
 
-// First pass, per sequence: ranges[B,parts], block (sequence, part) sees rows [part * rows, (part + 1) * rows).  It also clears `sums`, to which
-// several blocks may add up in the second pass.
+// First pass: ranges[units,parts], a unit being a sequence, or a token that has a range of its own.  Block (unit, part; y) sees rows
+// [part * rows, (part + 1) * rows) of the unit, of them columns [y * width, (y + 1) * width).  It also clears `sums`, to which several blocks
+// may add up in the second pass.
 template <class Row>
-__global__ void __launch_bounds__(kWideThreads) range_kernel(Activations a, float2* ranges, int parts, int rows, int* sums, int n_sums) {
+__global__ void __launch_bounds__(kWideThreads)
+range_kernel(Activations a, float2* ranges, int row_parts, int rows, int width, int* sums, int n_sums) {
   SHARED_MEMORY(shared);
-  int sequence = blockIdx.x / parts, part = blockIdx.x % parts;
-  int begin = part * rows, end = min(begin + rows, counted_rows(a, sequence));
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n_sums; i += gridDim.x * blockDim.x) sums[i] = 0;
+  int unit = blockIdx.x / row_parts, unit_rows = a.per_token ? 1 : a.T, counted = a.per_token ? 1 : counted_rows(a, unit);
+  int begin = blockIdx.x % row_parts * rows, end = min(begin + rows, counted);
+  int block = blockIdx.x * gridDim.y + blockIdx.y, left = blockIdx.y * width, right = min(left + width, a.K);
+  for (int i = block * blockDim.x + threadIdx.x; i < n_sums; i += gridDim.x * gridDim.y * blockDim.x) sums[i] = 0;
   float* of_row = reinterpret_cast<float*>(shared);
   Range r;
   Batch<typename Row::T, Row::WORDS> batch;
-  for (int t = begin; t < end; ++t) r = widened(r, thread_range(batch, Row(a, sequence * a.T + t, of_row), a.K));
+  for (int t = begin; t < end; ++t) r = widened(r, thread_range(batch, Row(a, unit * unit_rows + t, of_row), left, right));
   r = block_range(r, reinterpret_cast<int*>(shared + Row::BYTES));
-  if (threadIdx.x == 0) ranges[blockIdx.x] = make_float2(r.lo, r.hi);
+  if (threadIdx.x == 0) ranges[block] = make_float2(r.lo, r.hi);
 }
 
-// Second pass, or the only one where a row has a range of its own (parts == 0): block (row, part) quantizes `width` columns of a row, which are
+// Second pass, or the only one where a block finds the range of its row itself (parts == 0): block (row, part) quantizes `width` columns of a row, which are
 // all of them in the latter case.  It also clears `tickets`.
 template <class Row>
 __global__ void __launch_bounds__(kWideThreads)
@@ -162,7 +165,7 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
   Range r;
   int held = begin;  // the first column of the batch in the registers, which hold but one
   for (int first = begin, all = parts == 0 ? a.K : begin + 1; first < all; held = first, first += Loaded::columns()) {
-    batch.load(row, first);
+    batch.load(row, first, min(end, a.K));
     if (parts == 0) r = widened(r, batch);
   }
 
@@ -170,7 +173,7 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
   for (int i = threadIdx.x; i < groups; i += blockDim.x) sums[i] = 0;
 
   for (int i = threadIdx.x; i < parts; i += blockDim.x) {
-    float2 part = ranges[static_cast<size_t>(index / a.T) * parts + i];
+    float2 part = ranges[static_cast<size_t>(a.per_token ? index : index / a.T) * parts + i];
     r = widened(r, Range{part.x, part.y});
   }
   Grid grid(block_range(r, sums + groups), a);  // waits for all threads, sums are cleared too
@@ -178,7 +181,7 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
 
   int total = 0;
   for (int first = begin; first < end; first += Loaded::columns()) {  // whole warps go round, as they add up together
-    if (first != held) batch.load(row, first);
+    if (first != held) batch.load(row, first, min(end, a.K));
     held = -1;  // what comes next is another
     #pragma unroll
     for (int b = 0; b < Loaded::COUNT; ++b) {

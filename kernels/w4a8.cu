@@ -43,6 +43,7 @@ template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
 constexpr int kFewRows = 256;      // of x: fewer blocks would leave multiprocessors idle
+constexpr int kMinColumnParts = 4; // of a gate, which takes so long that a second pass pays where so many blocks can share a row
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -50,7 +51,8 @@ struct Plan {  // everything that follows from a call
   int M, Np, Kp, Mp, groups, groupsize, bn, bm, tiles, values;
   bool grouped, decode, fused;
   int decode_bytes;             // shared memory of the decoding kernel
-  int range_parts, range_rows;  // first pass over x; no parts: rows have ranges of their own
+  int range_parts, range_rows;  // first pass over x; no parts: there is none, as rows have ranges of their own
+  int column_parts;             // blocks that share a row in that pass
   int64_t codes, sums, x_scale, x_zero, ranges, slabs, tickets, bytes;  // offsets in the workspace
 
   explicit Plan(const Call& c) {
@@ -64,14 +66,17 @@ struct Plan {  // everything that follows from a call
     decode_bytes = M <= 8 ? fused ? Decode<8, true, false>::shared_bytes(M, Kp, groups) : Decode<8, false, false>::shared_bytes(M, Kp, groups)
                    : fused ? Decode<16, true, false>::shared_bytes(M, Kp, groups) : Decode<16, false, false>::shared_bytes(M, Kp, groups);
     range_rows = (M + kRangeParts - 1) / kRangeParts;
-    range_parts = c.per_token || (c.T == 1 && !c.lengths) ? 0 : (c.T + range_rows - 1) / range_rows;
+    column_parts = c.producer == kGate ? std::min(kFewRows / M, Kp / (8 * kQuantizeThreads)) : 1;
+    if (column_parts < kMinColumnParts) column_parts = 1;
+    bool own = c.per_token || (c.T == 1 && !c.lengths);
+    range_parts = !own ? (c.T + range_rows - 1) / range_rows : column_parts > 1 ? 1 : 0;
     bytes = 0;
     auto take = [&](int64_t size) { int64_t at = bytes; bytes += (size + 255) / 256 * 256; return at; };
     codes = take(fused ? 0 : int64_t(M) * Kp);
     sums = take(fused ? 0 : int64_t(groups) * Mp * 4);
     x_scale = take(fused ? 0 : int64_t(Mp) * 4);
     x_zero = take(fused ? 0 : int64_t(Mp) * 4);
-    ranges = take(fused ? 0 : int64_t(c.B) * range_parts * 8);
+    ranges = take(fused ? 0 : int64_t(c.per_token ? M : c.B) * range_parts * column_parts * 8);
     slabs = take(c.splits > 1 ? int64_t(tiles) * c.splits * values * 4 : 0);
     tickets = take(c.splits > 1 ? int64_t(tiles) * 4 : 0);
   }
@@ -166,12 +171,13 @@ static int quantize(const Call& c, const Plan& p, const Activations& a, const Co
   };
   auto memory = [&](int columns) { return Row::BYTES + threads(columns) / 32 * 2 * 4; };
   if (p.range_parts) {
-    int error = launch(range_kernel<Row>, c.B * p.range_parts, 1, threads(p.Kp), memory(p.Kp), c.stream, a, ranges, p.range_parts, p.range_rows,
-                       codes.sums, parts > 1 ? p.groups * p.Mp : 0);
+    int units = c.per_token ? p.M : c.B, of_range = padded((p.Kp + p.column_parts - 1) / p.column_parts, 64);
+    int error = launch(range_kernel<Row>, units * p.range_parts, p.column_parts, threads(of_range), memory(of_range), c.stream, a, ranges,
+                       p.range_parts, p.range_rows, of_range, codes.sums, parts > 1 ? p.groups * p.Mp : 0);
     if (error) return error;
   }
   return launch(quantize_kernel<Row>, p.M, parts, threads(width), p.groups * 4 + memory(width), c.stream, a, static_cast<const float2*>(ranges),
-                p.range_parts, width, codes, tickets, c.splits > 1 ? p.tiles : 0);
+                p.range_parts * p.column_parts, width, codes, tickets, c.splits > 1 ? p.tiles : 0);
 }
 
 template <class T, class... Arguments>
