@@ -139,16 +139,24 @@ MAKING = {"": 0, "norm": 14, "gate": 50}  # instructions of an element before it
 NORM_CYCLES = 400  # two barriers and the tree between them
 
 
-def produced_us(gpu, M, K, what):
-    """The one pass over x per token, with the norm or the gate in front of it, if any."""
-    rate = ISSUED / (ISSUED / RANGE_RATE + ISSUED / RATE + MAKING[what])
-    eights = math.ceil(K / (8 * min(1024, math.ceil(K / 8))))
-    around = AROUND + NORM_CYCLES * (what == "norm")
-    alone = gpu.us(math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, K / rate) + around)
+def pass_us(gpu, M, K, instructions, size, around, parts=1):
+    """A pass over x that takes so many instructions of each element, and moves so many bytes; parts: blocks that share a row."""
+    columns, rate = K / parts, ISSUED / instructions
+    eights = math.ceil(columns / (8 * min(1024, math.ceil(columns / 8))))
+    alone = gpu.us(math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, columns / rate) + around)
     together = M * K / (gpu.processors * rate * gpu.ghz * 1e3) + gpu.us(around)
-    size = 2 * M * K * (2 if what == "gate" else 1)
-    read = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
-    return gpu.gap + max(alone if M <= 256 else 0, together, read + M * K / gpu.bandwidth + 1)
+    moved = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
+    return gpu.gap + max(alone if M <= 256 else 0, together, moved + 1)
+
+
+def produced_us(gpu, M, K, what):
+    """Quantization per token, with the norm or the gate in front of it, if any: one pass, or two over a gate of few rows, as in w4a8.cu."""
+    to_range, to_codes = ISSUED / RANGE_RATE + MAKING[what], ISSUED / RATE
+    read, parts = 2 * M * K * (2 if what == "gate" else 1), min(256 // M, K // 2048)
+    if what == "gate" and parts >= 5:
+        ranges = pass_us(gpu, M, K, to_range, read, 700, parts)
+        return ranges + pass_us(gpu, M, K, MAKING[what] + to_codes, read + M * K, AROUND, parts)
+    return pass_us(gpu, M, K, to_range + to_codes, read + M * K, AROUND + NORM_CYCLES * (what == "norm"))
 
 
 def elementwise_us(gpu, size):

@@ -43,7 +43,7 @@ template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
 constexpr int kFewRows = 256;      // of x: fewer blocks would leave multiprocessors idle
-constexpr int kMinColumnParts = 4; // of a gate, which takes so long that a second pass pays where so many blocks can share a row
+constexpr int kMinColumnParts = 5; // of a gate, which takes so long that a second pass pays where so many blocks can share a row
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -60,7 +60,7 @@ def test_a_row_changes_nothing(family, variant):
     model = check.random_model(tiny_config(family, variant))
     found = dict(check.checks(model))
     assert not wrong(found.items()), found
-    assert len(found) == len(FAMILIES[family].groups) + 3
+    assert len(found) == len(FAMILIES[family].groups) + 4
     refused = FAMILIES[family].residual.obstacle(model.config)
     assert isinstance(found["rotated"], str) == bool(refused) and (refused or "") in str(found["rotated"])
     assert check.check_names(decoder_of(model)) == [], "all linears of a block are quantized"
@@ -84,13 +84,6 @@ def test_a_quantized_model_is_the_same_in_a_walk_and_as_a_whole(family):
     assert float((whole - before).norm() / before.norm()) < 0.5
 
 
-DEFERRED = {  # norms and gated MLPs of a block that the quantizer computes; none in other families
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), (2, 1)),
-    "phi3": (2, 0),
-    **dict.fromkeys(("stablelm", "olmo2"), (0, 1)),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_gates_are_those_of_the_family(family):
@@ -100,7 +93,8 @@ def test_norms_and_gates_are_those_of_the_family(family):
     store.kernel, row = "torch", store.original.family
     deferred = store.decoder().materialize(CPU)
     found = [sum(isinstance(m, kind) for m in decoder_blocks(deferred)[0].modules()) for kind in (DeferredNorm, GatedMLP)]
-    assert tuple(found) == DEFERRED.get(family, (0, 0))
+    assert found == [len(row.rms_norms), 1 if row.mlp else 0]
+    assert found == [2, 1] or family not in ("llama", "mistral", "qwen2", "qwen3")
     store.original.family = replace(row, rms_norms=(), mlp="")
     plain = store.decoder().materialize(CPU)
     assert not any(isinstance(m, DeferredNorm | GatedMLP) for m in plain.modules())
@@ -157,6 +151,10 @@ def residual(row, **changes):
         ("gpt_neox", grouped(GPT_NEOX, 3, exact=lambda config: True), "mlp.dense_4h_to_h smoothed"),
         ("gpt_neox", residual(GPT_NEOX, centered=False), "rotated"),
         ("olmo2", residual(OLMO2, norms=(), obstacle=lambda config: None), "rotated"),
+        ("gemma", LLAMA, "norms and gates in the quantizer"),
+        ("phi3", replace(PHI3, mlp="mlp"), "norms and gates in the quantizer"),
+        ("stablelm", replace(FAMILIES["stablelm"], rms_norms=("input_layernorm",)), "norms and gates in the quantizer"),
+        ("llama", replace(LLAMA, mlp="feed_forward"), "mlp name feed_forward, which the model does not have"),
         ("llama", grouped(LLAMA, 0, producer="input_norm"), "groups name input_norm, which the model does not have"),
         ("llama", grouped(LLAMA, 1, linears=("self_attn.out_proj",)), "groups name self_attn.out_proj"),
         ("llama", residual(LLAMA, head="score"), "residual name score"),
