@@ -237,7 +237,7 @@ def refusals(library, device):
             yield what, True
 
 
-SMALL = (a_few_configurations, a_few_producers, largest_sums, twice_the_same, refusals)
+SMALL = (a_few_producers, a_few_configurations, largest_sums, twice_the_same, refusals)
 CHECKS = (
     every_configuration,
     every_number_of_tokens,
