@@ -134,7 +134,9 @@ def choose(library, gpu, processors, tokens, rows, columns, groupsize, produced=
     """
     measured = tables().get(gpu, {}).get("cells", {}).get(cell(rows, columns, groupsize), ())
     for most, config, parts in measured:
-        if tokens <= most and not (produced and config == "decode_fused"):
+        if tokens <= most:
+            if produced and config == "decode_fused":
+                break
             return config, parts
     shape = tokens, rows, columns, groupsize
     for rule in tables()["default"]["rules"]:

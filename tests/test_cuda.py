@@ -501,7 +501,7 @@ def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS[:2])
 def test_a_checkpoint_on_a_gpu_has_the_perplexity_of_the_torch_path(family, settings, dtype, tmp_path):
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33], text), dtype, torch.device("cuda", 0))
@@ -531,6 +531,16 @@ def test_measured_cells_come_first(emulated, monkeypatch):
     assert cuda.choose(emulated, "GPU", 108, 5, 256, 512, 512) == ("128x64", 1)
     for other in (("GPU", 108, 65, 256, 512, 512), ("GPU", 108, 4, 256, 512, 128), ("other", 108, 4, 256, 512, 512)):
         assert cuda.choose(emulated, *other) == cuda.choose(emulated, "unknown", *other[1:])
+
+
+def test_what_has_a_producer_is_quantized_once(emulated, monkeypatch):
+    """Not by every block again, though a measured table or a rule says so: the kernel that streams weights then takes the codes."""
+    table = {"default": cuda.tables()["default"], "GPU": {"cells": {"256x512": [[4, "decode_fused", 1], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "tables", lambda: table)
+    for gpu in ("GPU", "other"):
+        assert cuda.choose(emulated, gpu, 108, 1, 256, 512, 512)[0] == "decode_fused"
+        assert cuda.choose(emulated, gpu, 108, 1, 256, 512, 512, produced=True)[0] == "decode"
+    assert cuda.choose(emulated, "GPU", 108, 64, 256, 512, 512, produced=True) == ("128x64", 1)
 
 
 def test_default_rules_keep_all_processors_busy(emulated):
