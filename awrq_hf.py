@@ -23,10 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import kernels
 from families import FAMILIES
-from formats.checkpoint import FORMAT, INDEX, compute_in_integers, computes_integers, frozen, origin
+from formats.checkpoint import FORMAT, INDEX, computes_integers, frozen, origin
 from formats.codes import PARTS, packed_shapes, unpacked_linear
 from formats.whole import chosen, saves_itself
-from quant import Batch, QuantLinear, from_int
+from quant import Batch, QuantLinear, from_int, use_integers
 from recipe import ARITHMETICS, Recipe, UsageError
 
 
@@ -117,12 +117,12 @@ class AwrqQuantizer(HfQuantizer):
             raise UsageError("AWRQ linears stay on the device that computes them, so no part can be offloaded; give another device_map")
         batch = Batch()
         for _, block, linears in self._blocks(model):
-            self._restore(block, linears, batch)
+            self._restore(block, linears, model.config, batch)
         batch.attach(model)
         model.batch = batch
         return saves_itself(model, self.recipe, origin(self.quantization_config.about), self.stored_dtype)
 
-    def _restore(self, block, stored, batch):
+    def _restore(self, block, stored, config, batch):
         """Put what computes them in the place of the Stored linears of a block, {name: Stored}, on the device where their codes are."""
         device = next(iter(stored.values())).codes.device
         made = {name: linear.restored(self.recipe, batch) for name, linear in stored.items()}
@@ -130,6 +130,6 @@ class AwrqQuantizer(HfQuantizer):
         for name, linear in linears.items():
             block.set_submodule(name, linear)
         if computes_integers(self.recipe) and chosen(self.quantization_config.arithmetic, device) == "integers":
-            compute_in_integers(block, self.family.groups, linears, codes, kernels.select("auto", device)[0])
+            use_integers(block, self.family, config, codes, kernels.select("auto", device)[0])
         block.register_forward_pre_hook(batch.observe, with_kwargs=True)
         block.to(device)

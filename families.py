@@ -43,6 +43,8 @@ class Family:
     residual: Residual
     flat: tuple[str, ...] = ()  # linears that read (B * T, C)
     norm_offset: float = 0  # norms multiply by their weight plus this
+    rms_norms: tuple[str, ...] = ()  # those that only their group reads, x / rms(x) in float32, cast, and then times the weight
+    mlp: str = ""  # the module that computes down_proj(act(gate_proj(x)) * up_proj(x)), act being the configuration's hidden_act
     obstacle: Callable = lambda config: None  # why a model cannot be quantized block by block
 
 
@@ -118,8 +120,10 @@ LLAMA = Family(  # an RMSNorm feeds nothing else, v is linear, and up is multipl
         writers=("self_attn.o_proj", "mlp.down_proj"),
         values=("self_attn.v_proj", "self_attn.o_proj"),
     ),
+    rms_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp="mlp",
 )
-GEMMA = replace(LLAMA, norm_offset=1)
+GEMMA = replace(LLAMA, norm_offset=1, rms_norms=(), mlp="")
 GEMMA2 = replace(  # and Gemma 3
     GEMMA,
     groups=(*LLAMA.groups[:2], Group("pre_feedforward_layernorm", GATE_UP), LLAMA.groups[3]),
@@ -127,11 +131,13 @@ GEMMA2 = replace(  # and Gemma 3
 )
 OLMO2 = replace(
     LLAMA,
+    rms_norms=(),
     groups=(Group("", QKV, never), LLAMA.groups[1], Group("", GATE_UP, never), LLAMA.groups[3]),
     residual=replace(LLAMA.residual, norms=(), obstacle=obstacle(AFTER_NORM)),
 )
 PHI3 = replace(
     LLAMA,
+    mlp="",  # which has gate and up as one linear
     groups=(
         Group("input_layernorm", ("self_attn.qkv_proj",)),
         Group("self_attn.qkv_proj", ("self_attn.o_proj",), rows=fused_value_rows),
@@ -188,7 +194,7 @@ FAMILIES = {  # by config.model_type
     "qwen3": LLAMA,  # norms on q and k, after their linears
     "smollm3": LLAMA,  # blocks without rotary positions among them
     "granite": LLAMA,  # scalars on embedding, attention, what blocks add, and logits
-    "stablelm": replace(LLAMA, residual=replace(LLAMA.residual, centered=True), obstacle=shares_norms),
+    "stablelm": replace(LLAMA, residual=replace(LLAMA.residual, centered=True), rms_norms=(), obstacle=shares_norms),
     "olmo2": OLMO2,
     "phi3": PHI3,
     "gemma": GEMMA,

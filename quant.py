@@ -218,10 +218,17 @@ def replace_linears(block, names, batch):
     return linears
 
 
+def producer_of(linear):
+    """The kernels.Producer of an IntLinear, or one like it."""
+    norm = () if linear.norm is None else (linear.norm.weight, linear.norm.eps)
+    return kernels.Producer(*norm, gated=linear.gated)
+
+
 class IntLinear(nn.Module):
     """Quantized linears that read the same input as one, in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
 
     Made from frozen QuantLinears and, of each, the codes q (R, C) uint8 and the Grid of its weight, of at most 4 bits; y has all rows.
+    With a `norm`, a DeferredNorm, x is what the norm reads; where it is `gated`, x is gate and up, side by side.  Neither with in_scale.
     """
 
     def __init__(self, linears, codes, kernel=None):
@@ -238,12 +245,13 @@ class IntLinear(nn.Module):
         self.register_buffer("in_scale", linears[0].in_scale)
         self.acts, self.batch, self.kernel = linears[0].acts, linears[0].batch, kernel
         self.biased = [m.bias is not None for m in linears]
+        self.norm, self.gated = None, False
 
     smoothed = QuantLinear.smoothed
 
     def forward(self, x):
         weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))
-        y = kernels.w4a8_linear(self.smoothed(x), weight, *self.acts, kernel=self.kernel)
+        y = kernels.w4a8_linear(self.smoothed(x).contiguous(), weight, *self.acts, kernel=self.kernel, producer=producer_of(self))
         return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self):
@@ -285,3 +293,60 @@ def put_together(block, names, whole, rows):
     together = Together(whole, rows)
     for i, name in enumerate(names):
         block.set_submodule(name, Part(i, together) if len(names) > 1 else whole)
+
+
+# ---------------------------------------------------------------------------
+# A block that computes in integers
+
+
+class DeferredNorm(nn.Module):
+    """An RMSNorm that passes its input on: the linears that read it normalize in the pass that quantizes.  Padding, zero, stays zero."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return x
+
+    def extra_repr(self):
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+class GatedMLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)), whose product is made in the pass that quantizes it for down_proj."""
+
+    def __init__(self, mlp):
+        """mlp: with gate_proj and up_proj as one, see put_together, and an IntLinear down_proj without in_scale."""
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.down_proj.gated = True
+
+    def forward(self, x):
+        return self.down_proj(self.gate_proj.together.whole(x))
+
+
+def use_integers(block, family, config, codes, kernel):
+    """Put IntLinears in the place of the frozen QuantLinears of a block, those that read the same input as one.
+
+    family: of families.FAMILIES.  codes: {name: (q (R, C) uint8, Grid)} of the linears; kernel: of kernels.w4a8_linear.  Norms and gates
+    that the family has in front of them become part of their quantization.
+    """
+    for group in family.groups:
+        linears = [block.get_submodule(name) for name in group.linears]
+        pairs = [codes[name] for name in group.linears]
+        whole = IntLinear(linears, pairs, kernel)
+        put_together(block, group.linears, whole, [len(q) for q, _ in pairs])
+    defer_producers(block, family, config)
+
+
+def defer_producers(block, family, config):
+    """Let the IntLinears of a block, put together, compute the norm or the gate in front of them, where they have no in_scale."""
+    for group in family.groups:
+        first = block.get_submodule(group.linears[0])
+        whole = first.together.whole if isinstance(first, Part) else first
+        if group.producer in family.rms_norms and whole.in_scale is None:
+            whole.norm = DeferredNorm(block.get_submodule(group.producer))
+            block.set_submodule(group.producer, whole.norm)
+    if family.mlp and config.hidden_act in ("silu", "swish") and block.get_submodule(family.mlp).down_proj.in_scale is None:
+        block.set_submodule(family.mlp, GatedMLP(block.get_submodule(family.mlp)))

@@ -1,7 +1,8 @@
 """Whole decoder blocks and models of random weights, W4A8 beside FP16: what `python -m bench.linears --block` times.
 
 The blocks are transformers' own, attention included, the same on both sides; only the linears differ, and on both sides those that read the
-same input are one: q/k/v, and gate/up.  All blocks of a model have the same weights, each in memory of its own.
+same input are one: q/k/v, and gate/up.  LLaMA's norms and gates are part of quantization in W4A8; in FP16 its norms are PyTorch's, of one
+kernel each.  All blocks of a model have the same weights, each in memory of its own.
 """
 
 import copy
@@ -18,7 +19,8 @@ import kernels
 from bench import shapes
 from bench.timing import best_time, both_ways, reason, watched
 from bench.tune import random_weight
-from quant import put_together
+from families import FAMILIES
+from quant import defer_producers, producer_of, put_together
 from runtime import release
 
 PREFILL, CONTEXT, BATCH = (512, 1024, 2048, 4096, 8192), (1024, 2048), (1, 2, 4, 8, 16, 32, 64)
@@ -35,14 +37,14 @@ CONTENDERS = ("float16", "w4a8")
 class IntegerLinear(nn.Module):
     """The op as a module.  batch: the sequences that run, as OPT flattens (B, T, C) before fc1."""
 
-    batch = 1
+    batch, in_scale = 1, None
 
     def __init__(self, weight):
         super().__init__()
-        self.weight = weight
+        self.weight, self.norm, self.gated = weight, None, False
 
     def forward(self, x):
-        y = kernels.w4a8_linear(x.reshape(self.batch, -1, x.shape[-1]), self.weight)
+        y = kernels.w4a8_linear(x.reshape(self.batch, -1, x.shape[-1]), self.weight, producer=producer_of(self))
         return y.view(*x.shape[:-1], -1)
 
 
@@ -61,12 +63,25 @@ def fuse(block):
         put_together(block, names, whole, [len(linear.weight) for linear in linears])
 
 
-def quantize(block):
-    """Put random W4A8 linears in the place of all linears of a block: so small that no sum over many blocks leaves float16."""
+def quantize(block, family, config):
+    """Put random W4A8 linears in the place of all linears of a block: so small that no sum over many blocks leaves float16.
+
+    Norms and gates are part of their quantization, as they are in a packed checkpoint.
+    """
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
             weight = random_weight(*linear.weight.shape, device=linear.weight.device)
             block.set_submodule(name, IntegerLinear(weight._replace(scale=weight.scale / 10, bias=weight.bias / 100)))
+    defer_producers(block, family, config)
+
+
+def fuse_norms(block, family):
+    """Put PyTorch's RMSNorm in the place of a family's, which takes six kernels: they are no gain of W4A8."""
+    for name in family.rms_norms:
+        norm = block.get_submodule(name)
+        fused = nn.RMSNorm(len(norm.weight), norm.variance_epsilon, device="meta")
+        fused.weight = norm.weight
+        block.set_submodule(name, fused)
 
 
 FAMILY_SIZES = {  # what only a family's configuration has, or names so
@@ -89,7 +104,9 @@ def build(name, n, contender, device, positions):
     blocks = layers_of(model)
     fuse(blocks[0])
     if contender == "w4a8":
-        quantize(blocks[0])
+        quantize(blocks[0], FAMILIES[model.config.model_type], model.config)
+    else:
+        fuse_norms(blocks[0], FAMILIES[model.config.model_type])
     for i in range(1, n):
         blocks.append(copy.deepcopy(blocks[0]))
         blocks[i].self_attn.layer_idx = i

@@ -39,7 +39,7 @@ def random_x(B, T, C, dtype, seed=0):
     return (x + 0.2).to(dtype)
 
 
-def poisoned(library, x, weight, config, parts, settings=((8, False, False), None)):
+def poisoned(library, x, weight, config, parts, settings=((8, False, False), None), producer=kernels.NOTHING):
     """y of one configuration, y and the workspace garbage before.  settings: (act_bits, per_token, sym), lengths."""
     y = torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype, device=x.device)
     stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
@@ -48,7 +48,13 @@ def poisoned(library, x, weight, config, parts, settings=((8, False, False), Non
         memory = torch.full((size + 256,), 255, dtype=torch.uint8, device=x.device)
         return memory[-memory.data_ptr() % 256 :]
 
-    return cuda.launch(library, x, y, weight, *settings, config, parts, stream, empty)
+    return cuda.launch(library, x, y, weight, *settings, config, parts, stream, empty, producer=producer)
+
+
+def random_producers(columns, dtype):
+    """{name: (how wide x is, Producer)} on the CPU."""
+    norm = torch.randn(columns, generator=torch.Generator().manual_seed(columns)) + 1
+    return {"norm": (columns, kernels.Producer(norm.to(dtype), 1e-5)), "gate": (2 * columns, kernels.Producer(gated=True))}
 
 
 def equal(y, wanted, weight):
@@ -108,6 +114,33 @@ def every_layer(library, device):
                 x = random_x(1, tokens, columns, TYPES[tokens % 2], seed=tokens).to(device)
                 wanted = kernels.w4a8_linear(x, weight, kernel="torch")
                 yield f"{rows}x{columns} g{groupsize}, {tokens} tokens", equal(kernels.w4a8_linear(x, weight), wanted, weight)
+
+
+def every_producer(library, device, shapes=(*SHAPES, (1, 3, 128, 33000), (1, 300, 128, 5120)), types=(*TYPES, torch.float32)):
+    """A norm and a gate in the pass that quantizes, and in PyTorch on the GPU: as PyTorch has them on the CPU."""
+    configs = [config for config in cuda.CONFIGS if config != "decode_fused"]
+    for B, T, rows, columns in shapes:
+        weight = random_weight(rows, columns)
+        on_device = weight.to(device)
+        for dtype in types:
+            for name, (width, producer) in random_producers(columns, dtype).items():
+                there = producer._replace(norm=None if producer.norm is None else producer.norm.to(device))
+                x = random_x(B, T, width, dtype)
+                x[:, T // 2] = 0
+                for acts in ((8, True, False), (8, True, True), (6, False, False)):
+                    what = f"{name}, {B}x{T}, {rows}x{columns}, {dtype}, {acts}"
+                    wanted = kernels.w4a8_linear(x, weight, *acts, producer=producer)
+                    y = kernels.w4a8_linear(x.to(device), on_device, *acts, kernel="torch", producer=there)
+                    yield f"torch, {what}", torch.equal(y.cpu(), wanted)
+                    for config in configs:
+                        if cuda.takes(library, config, 1, B * T, rows, columns, columns):
+                            y = poisoned(library, x.to(device), on_device, config, 1, (acts, None), there)
+                            yield f"{config}, {what}", torch.equal(y.cpu(), wanted)
+
+
+def a_few_producers(library, device):
+    """Few enough for compute-sanitizer."""
+    yield from every_producer(library, device, SHAPES[:4], TYPES[:1])
 
 
 def largest_sums(library, device):
@@ -204,11 +237,12 @@ def refusals(library, device):
             yield what, True
 
 
-SMALL = (a_few_configurations, largest_sums, twice_the_same, refusals)
+SMALL = (a_few_producers, a_few_configurations, largest_sums, twice_the_same, refusals)
 CHECKS = (
     every_configuration,
     every_number_of_tokens,
     every_layer,
+    every_producer,
     largest_sums,
     largest_sizes,
     largest_fused,

@@ -83,8 +83,49 @@ def w4a8_product(rows, columns, device):
     return calls
 
 
+def producer_of(what, columns, device):
+    """The kernels.Producer that is called so, with a weight of ones, in float16."""
+    return kernels.Producer(torch.ones(columns, dtype=torch.float16, device=device) if what == "norm" else None, 1e-5, what == "gate")
+
+
+def quantization(what, columns, device):
+    """The first step of the op alone, per token, with the norm or the gate in front of it, if any."""
+    if device.type != "cuda":
+        raise Missing("is a step of the CUDA kernels")
+    weight, library, producer = random_weight(128, columns, device=device), cuda.library(device), producer_of(what, columns, device)
+
+    def calls(tokens):
+        config = "decode" if tokens <= 16 else "128x64"  # each has its layout of codes
+        x = random_matrix(tokens, 2 * columns if what == "gate" else columns, torch.float16, device)[None]
+        y = torch.empty(1, tokens, 128, dtype=torch.float16, device=device)
+        workspace = functools.cache(partial(torch.empty, dtype=torch.uint8, device=device))
+
+        def run():
+            stream = torch.cuda.current_stream(device).cuda_stream
+            cuda.launch(library, x, y, weight, (8, True, False), None, config, 1, stream, workspace, cuda.QUANTIZE, producer)
+
+        return [run]
+
+    return calls
+
+
 # ---------------------------------------------------------------------------
 # PyTorch
+
+
+def norm_alone(columns, device):
+    """PyTorch's own RMSNorm, one kernel, of float16."""
+    weight = torch.ones(columns, dtype=torch.float16, device=device)
+    return lambda tokens: [partial(F.rms_norm, random_matrix(tokens, columns, torch.float16, device), (columns,), weight, 1e-5)]
+
+
+def gate_alone(columns, device):
+    """silu(gate) * up of float16, two kernels, as transformers calls them."""
+
+    def run(gate, up):
+        return F.silu(gate) * up
+
+    return lambda tokens: [partial(run, *random_matrix(tokens, 2 * columns, torch.float16, device).chunk(2, -1))]
 
 
 def full(dtype, rows, columns, device):
@@ -256,3 +297,10 @@ OTHERS = {
     "torchao W4A8 product": Contender(torchao, "product", 4, 1, 2, "int8"),
 }
 CONTENDERS = OURS | OTHERS
+QUANTIZERS = {  # make(columns, device) -> calls(tokens)
+    "quantization": partial(quantization, ""),
+    "norm, quantization": partial(quantization, "norm"),
+    "gate, quantization": partial(quantization, "gate"),
+    "norm": norm_alone,
+    "gate": gate_alone,
+}

@@ -4,7 +4,8 @@
 
 FOLDER, or a name on the hub, has a config.json; weights are not read.  A model of it with a few blocks gets random weights, in norms and
 biases too, and its logits are compared with those of our walk through its blocks: as it is, with each smoothing scale folded alone, with
-all of them, and rotated.  Each must change nothing; what it changes is printed, relative to the largest logit.
+all of them, and rotated.  Each must change nothing; what it changes is printed, relative to the largest logit.  So is how far the norms
+and the MLP that integer kernels compute are from what they take them for.
 """
 
 import argparse
@@ -93,6 +94,8 @@ def check_names(decoder):
     producers = [group.producer for group in family.groups if group.producer]
     for what, names, there in (
         ("groups", [*decoder.linears, *producers], modules),
+        ("rms_norms", family.rms_norms, modules),
+        ("mlp", [family.mlp] if family.mlp else [], modules),
         ("residual", [*residual.norms, *residual.writers, *residual.values], modules),
         ("residual", [*residual.embeddings, residual.final_norm, residual.head], model),
     ):
@@ -124,6 +127,23 @@ def check_reads(model, decoder, ids):
         for name in others:
             if not torch.equal(read[name], read[first]):
                 raise UsageError(f"the row has {name} in the group of {first}, which reads another input")
+
+
+@torch.no_grad()
+def deferred_difference(block, family, columns):
+    """How far the rms_norms and the mlp of a row are from what quant.DeferredNorm and GatedMLP compute, relative; inf for other modules."""
+    x, found = torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64), [0.0]
+    try:
+        for norm in map(block.get_submodule, family.rms_norms):
+            wanted = norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+            found.append((norm(x) - wanted).abs().max() / wanted.abs().max())
+        if family.mlp:
+            mlp = block.get_submodule(family.mlp)
+            wanted = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+            found.append((mlp(x) - wanted).abs().max() / wanted.abs().max())
+    except AttributeError:
+        return float("inf")
+    return float(max(found))
 
 
 def smoothed(decoder, groups, seed=0):
@@ -168,6 +188,8 @@ def checks(model):
         yield tried(f"{' '.join(group.linears)} smoothed, {place} takes the scale", lambda: decoder, smoothed(decoder, [group]))
     yield tried("all smoothed", lambda: decoder, smoothed(decoder, decoder.family.groups))
     yield tried("rotated", lambda: rotated(decoder, 0))
+    block = model.get_submodule(decoder.family.blocks)[0]
+    yield "norms and gates in the quantizer", deferred_difference(block, decoder.family, decoder.config.hidden_size)
 
 
 def main(args):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench import shapes
-from bench.contenders import CONTENDERS, OTHERS, OURS
+from bench.contenders import CONTENDERS, OTHERS, OURS, QUANTIZERS
 from bench.timing import SCHEMA, SHORTEST, about, best_time, both_ways_in_turn, ceilings, reason, speedup, watched
 from kernels import build, cuda
 from recipe import UsageError
@@ -73,7 +73,7 @@ def configuration(device, tokens, rows, columns):
 def bench_layers(models, tokens, device, report, save):
     """Fill in a report: every layer of some models, each shape once."""
     report["contenders"] = {name: {"computes": c.computes, "weight_bits": c.weight_bits} for name, c in CONTENDERS.items()}
-    report["layers"] = []
+    report["layers"], report["quantizers"] = [], []
     layers = dict.fromkeys(shape for name in models for shape in shapes.linears(name))
     for contenders in (OURS, OTHERS):  # others' last: a kernel that leaves its bounds breaks all that this process does after it
         for rows, columns in layers:
@@ -87,6 +87,42 @@ def bench_layers(models, tokens, device, report, save):
                 users = [name for name in models if (rows, columns) in shapes.linears(name)]
                 report["layers"].append({"rows": rows, "columns": columns, "models": users, "clocks": clocks})
             save()
+        if contenders is OURS:
+            for columns in dict.fromkeys(columns for _, columns in layers):
+                report["quantizers"] += bench_quantizers(columns, tokens, device)
+            save()
+
+
+def bench_quantizers(columns, tokens, device):
+    """Yields cells without rows: what comes before a product of so many columns, the quantizers in turn."""
+    for m in tokens:
+        calls, missing = {}, {}
+        for name, make in QUANTIZERS.items():
+            try:
+                calls[name] = make(columns, device)(m), True
+            except Exception as e:  # see rounds_in_turn
+                missing[name] = reason(e)
+        found = both_ways_in_turn(calls, device)
+        for name in QUANTIZERS:
+            nothing = {"graph": None, "eager": None, "reason": missing.get(name)}
+            yield {"columns": columns, "contender": name, "tokens": m} | found.get(name, nothing)
+
+
+def shares(report):
+    """Lines: of a layer, the share that what comes before the product has in both; – where the kernels have not been timed."""
+    products = {(c["columns"], c["rows"], c["tokens"]): c for c in report["cells"] if c["contender"] == "w4a8 product" and c["tokens"]}
+    before = {(c["columns"], c["contender"], c["tokens"]): c for c in report["quantizers"]}
+    tokens = sorted({m for _, _, m in before})
+
+    def shown(columns, rows, name, m):
+        first, second = (best_time(c) if c else None for c in (before[columns, name, m], products.get((columns, rows, m))))
+        return f"{first['median'] / (first['median'] + second['median']):.0%}" if first and second else "–"
+
+    yield f"{'share before the product':44}" + "".join(f"{m:8}" for m in tokens)
+    for layer in report["layers"]:
+        for name in ("quantization", "norm, quantization", "gate, quantization"):
+            what = f"{layer['rows']} x {layer['columns']}, {name}"
+            yield f"{what:44}" + "".join(f"{shown(layer['columns'], layer['rows'], name, m):>8}" for m in tokens)
 
 
 def summary(report):
@@ -171,7 +207,7 @@ def main(args):
         blocks.bench_blocks(models, blocks.wanted(args.prefill, args.context, args.batch, device), args.blocks, device, report, save)
     else:
         bench_layers(models, args.tokens or (TOKENS if gpu else CPU_TOKENS), device, report, save)
-        print(summary(report))
+        print(*shares(report), summary(report), sep="\n")
     report["finished"] = True
     save()
     return report

@@ -134,6 +134,42 @@ def quantizer_us(gpu, M, K):
     return ranges + gpu.gap + max(alone, together, read + M * K / gpu.bandwidth + 1)
 
 
+ISSUED = 128  # instructions a cycle, of all threads of a multiprocessor
+MAKING = {"": 0, "norm": 14, "gate": 50}  # instructions of an element before its range: counted in the kernels' machine code
+NORM_CYCLES = 400  # two barriers and the tree between them
+
+
+def pass_us(gpu, M, K, instructions, size, around, parts=1):
+    """A pass over x that takes so many instructions of each element, and moves so many bytes; parts: blocks that share a row."""
+    columns, rate = K / parts, ISSUED / instructions
+    eights = math.ceil(columns / (8 * min(1024, math.ceil(columns / 8))))
+    alone = gpu.us(math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, columns / rate) + around)
+    together = M * K / (gpu.processors * rate * gpu.ghz * 1e3) + gpu.us(around)
+    moved = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
+    return gpu.gap + max(alone if M <= 256 else 0, together, moved + 1)
+
+
+def produced_us(gpu, M, K, what):
+    """Quantization per token, with the norm or the gate in front of it, if any: one pass, or two over a gate of few rows, as in w4a8.cu."""
+    to_range, to_codes = ISSUED / RANGE_RATE + MAKING[what], ISSUED / RATE
+    read, parts = 2 * M * K * (2 if what == "gate" else 1), min(256 // M, K // 2048)
+    if what == "gate" and parts >= 5:
+        ranges = pass_us(gpu, M, K, to_range, read, 700, parts)
+        return ranges + pass_us(gpu, M, K, MAKING[what] + to_codes, read + M * K, AROUND, parts)
+    return pass_us(gpu, M, K, to_range + to_codes, read + M * K, AROUND + NORM_CYCLES * (what == "norm"))
+
+
+def elementwise_us(gpu, size):
+    """A kernel of PyTorch's that moves so many bytes."""
+    return gpu.gap + 1.5 + size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
+
+
+def apart_us(gpu, M, K, what):
+    """The same norm, or gate, in kernels of its own: RMSNorm is one, silu and the product are two."""
+    sizes = {"": (), "norm": (4,), "gate": (4, 6)}[what]  # bytes of an element, read and written
+    return sum(elementwise_us(gpu, size * M * K) for size in sizes)
+
+
 @functools.cache
 def shared_bandwidth_us(gpu, blocks, slots, block_bytes, quantized, round_us, end):
     """Until `blocks` blocks have read block_bytes each, `slots` at a time, and share the memory's bandwidth.
@@ -183,15 +219,19 @@ def tile_us(gpu, code, M, N, K, config, splits):
     return gpu.gap + gpu.us(gpu.memory_cycles) + 0.8 + max(busy, from_l2, moved) + gather
 
 
+def product_us(gpu, code, M, N, K, config, splits):
+    """The product; decode_fused quantizes in it."""
+    return (decode_us if config.startswith("decode") else tile_us)(gpu, code, M, N, K, config, splits)
+
+
 def linear_us(gpu, code, M, N, K, config, splits):
     """Quantization and product."""
-    product = (decode_us if config.startswith("decode") else tile_us)(gpu, code, M, N, K, config, splits)
-    return product + (0 if config == "decode_fused" else quantizer_us(gpu, M, K))
+    return product_us(gpu, code, M, N, K, config, splits) + (0 if config == "decode_fused" else quantizer_us(gpu, M, K))
 
 
-def chosen(gpu, code, M, N, K):
-    """(config, splits) of the tables."""
-    return cuda.choose(code.library, gpu.product, gpu.processors, M, N, K, K)
+def chosen(gpu, code, M, N, K, produced=False):
+    """(config, splits) of the tables.  produced: see cuda.choose."""
+    return cuda.choose(code.library, gpu.product, gpu.processors, M, N, K, K, produced)
 
 
 def best(gpu, code, M, N, K):
@@ -233,6 +273,36 @@ def block_speedup(gpu, code, name, M, choose):
     return base / sum(linear_us(gpu, code, M, N, K, *choose(gpu, code, M, N, K)) for N, K in linears)
 
 
+def producers_of(name):
+    """What stands in front of each linear of a block, q/k/v and gate/up as one each; None for a family whose norms stay as they are."""
+    return ("norm", "", "norm", "gate") if shapes.model(name).family == "llama" else None
+
+
+def block_with_producers(gpu, code, name, M):
+    """Of the linears of a block, its norms and its gate, quantized per token: (speedup with norms and gate in kernels of their own, and as
+    part of quantization; share of the latter's time that is before the products).
+    """
+    base = apart = before = products = 0
+    for (N, K), what in zip(shapes.block_linears(name, fused=True), producers_of(name), strict=True):
+        alone = apart_us(gpu, M, K, what)
+        base += float16_us(gpu, M, N, K) + alone
+        plain, behind = (chosen(gpu, code, M, N, K, produced) for produced in (False, what != ""))
+        quantized = 0 if plain[0] == "decode_fused" else produced_us(gpu, M, K, "")
+        apart += alone + quantized + product_us(gpu, code, M, N, K, *plain)
+        before += produced_us(gpu, M, K, what) if what else quantized
+        products += product_us(gpu, code, M, N, K, *behind)
+    return base / apart, base / (before + products), before / (before + products)
+
+
+def producer_table(gpu, code, names, tokens):
+    """Lines of block_with_producers."""
+    yield "linears, norms and gate of a block, per token"
+    for name in names:
+        found = [block_with_producers(gpu, code, name, M) for M in tokens]
+        for what, cells in zip(("apart", "in one pass", "share before products"), zip(*found, strict=True), strict=True):
+            yield f"{f'{name}, {what}':40}" + "".join(f"{cell:8.0%}" if what.startswith("share") else f"{cell:8.2f}" for cell in cells)
+
+
 def main(args):
     for name in args.gpu.split(","):
         if name not in GPUS:
@@ -249,6 +319,7 @@ def main(args):
         print(f"{'linears of a block':24}" + "".join(f"{M:8}" for M in args.tokens))
         for model in models:
             print(f"{model:24}" + "".join(f"{block_speedup(gpu, code, model, M, choose):8.2f}" for M in args.tokens), flush=True)
+        print(*producer_table(gpu, code, [model for model in models if producers_of(model)], args.tokens), sep="\n")
 
 
 def parser():

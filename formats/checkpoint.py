@@ -27,7 +27,7 @@ from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
-from quant import IntLinear, from_int, put_together, replace_linears
+from quant import from_int, replace_linears, use_integers
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
 from smoothquant import fold_group
@@ -138,18 +138,6 @@ def frozen(linear, packed, in_scale, recipe):
     return linear
 
 
-def compute_in_integers(block, groups, linears, codes, kernel):
-    """Replace the frozen QuantLinears of a block by IntLinears, one for those that read the same input.
-
-    groups: of the family; linears: {name: QuantLinear}; codes: {name: (codes (R, C) uint8, Grid)}; kernel: of kernels.w4a8_linear.
-    """
-    for group in groups:
-        if names := [name for name in group.linears if name in linears]:
-            pairs = [codes[name] for name in names]
-            whole = IntLinear([linears[name] for name in names], pairs, kernel)
-            put_together(block, names, whole, [len(q) for q, _ in pairs])
-
-
 class Store:
     """The blocks of a quantized model as they are stored: the source of a Decoder (see modelutils.Original).
 
@@ -242,7 +230,7 @@ class Store:
         for name, linear in linears.items():
             frozen(linear, {part: tensors[f"{name}.{part}"] for part in PARTS}, in_scales[name], recipe)
         if self.kernel and computes_integers(recipe):
-            compute_in_integers(block, self.original.family.groups, linears, codes, self.kernel)
+            use_integers(block, self.original.family, self.original.config, codes, self.kernel)
         return block
 
     def _smoothed(self, block, tensors, batch):

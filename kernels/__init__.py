@@ -7,7 +7,8 @@ With the codes qx of x (zero point zx, scale sx) and qw of the weight (zw, sw) a
 
     y = sx * sum_g sw_g * (sum_k qx qw - zw_g * sum_k qx - zx * sum_k (qw - zw_g)) + bias        g: groups of columns, k: columns of g
 
-where all sums over k are exact int32, whatever computes them; floating point begins with sw.  The codes of x are found on the fly.
+where all sums over k are exact int32, whatever computes them; floating point begins with sw.  The codes of x are found on the fly, and what
+makes x of something else, an RMSNorm or a gated SiLU, may be part of that pass: see Producer.
 """
 
 from typing import NamedTuple
@@ -52,6 +53,69 @@ def act_codes(x, bits, per_token=False, sym=False, lengths=None):
     zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-lo / scale)
     return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1), scale, zero
 
+
+# ---------------------------------------------------------------------------
+# Producers: what stands in front of a linear, computed in the pass that quantizes
+
+
+def sum_of_squares(x):
+    """Of each row of x (..., C): (..., 1) float32, the same bits on every device.
+
+    In this order: the squares of eight columns, one after the other; then those sums in pairs, the pairs in pairs, and so on.
+    """
+    eights = 1 << ((x.shape[-1] + 7) // 8 - 1).bit_length()  # a power of 2: zeros change no sum
+    squares = F.pad(x.float(), (0, 8 * eights - x.shape[-1])).square().unflatten(-1, (eights, 8))
+    total = squares[..., 0]
+    for i in range(1, 8):
+        total = total + squares[..., i]
+    while total.shape[-1] > 1:
+        total = total[..., ::2] + total[..., 1::2]
+    return total
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm of x (..., C) with a weight (C,) of its type, as in LLaMA: in float32, in the type of x from the product with the weight on.
+
+    transformers' but for the last bits of a row's factor, whose mean PyTorch adds up in an order of its own.
+    """
+    squares = sum_of_squares(x)
+    mean = squares / torch.full_like(squares, x.shape[-1])  # by a number, PyTorch on a GPU would multiply with the reciprocal
+    root = (mean + eps).double().sqrt().float()  # rounded right, which PyTorch's of float32 on a CPU is not
+    return weight * (x.float() * (torch.ones_like(root) / root)).to(x.dtype)
+
+
+def exponential(t):
+    """e^t of t float32, -32 to 88, within 3 units of its last place, by additions and products alone: the same bits on every device."""
+    n = (t * 1.44269504).round()  # e^t = 2^n e^r
+    r = t + n * -0.693359375 + n * 2.12194440e-4  # ln 2 in two parts, of which the first has so few bits that its product is exact
+    p = torch.full_like(r, 1 / 720)  # Taylor's series, |r| <= ln 2 / 2
+    for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1, 1):
+        p = p * r + factor
+    return p * ((n.int() + 127) << 23).view(torch.float32)
+
+
+def gated_silu(x):
+    """silu(gate) * up of x (..., 2 C), gate and up side by side: (..., C), each step in float32 and rounded to the type of x."""
+    gate, up = x.chunk(2, -1)
+    v = gate.float()
+    silu = v / (exponential((-v).clamp(-32, 88)) + 1)
+    return silu.to(x.dtype) * up
+
+
+class Producer(NamedTuple):
+    """What makes the input of a linear from the op's x: nothing, an RMSNorm with a weight (C,), or a gated SiLU of x (B, T, 2 C)."""
+
+    norm: torch.Tensor | None = None  # of the type of x
+    eps: float = 0.0
+    gated: bool = False
+
+    def __call__(self, x):
+        if self.norm is not None:
+            x = rms_norm(x, self.norm, self.eps)
+        return gated_silu(x) if self.gated else x
+
+
+NOTHING = Producer()
 
 # ---------------------------------------------------------------------------
 # Weights
@@ -138,25 +202,27 @@ def prepare(q, scale, zero, groupsize=-1, bias=None):
 # The op
 
 
-def w4a8_linear(x, weight, act_bits=8, per_token=False, sym=False, lengths=None, kernel=None):
-    """y (B, T, R) = quant(x) @ W.T + bias in exact integer arithmetic, in the type of x.
+def w4a8_linear(x, weight, act_bits=8, per_token=False, sym=False, lengths=None, kernel=None, producer=NOTHING):
+    """y (B, T, R) = quant(producer(x)) @ W.T + bias in exact integer arithmetic, in the type of x.
 
-    x (B, T, C) contiguous, float16, bfloat16 or float32.  weight: of `prepare`, on the device of x.  act_bits 2 to 8; per_token, sym and
-    lengths (B,) int32 or int64 as in `act_codes`.  kernel "cuda" or "torch"; None: "cuda" on a GPU, "torch" elsewhere.  Never waits for a
-    GPU.  Raises ValueError that names what is wrong: shape, type, stride, device, alignment or layout.
+    x (B, T, C) contiguous, float16, bfloat16 or float32; (B, T, 2 C) for a gate.  weight: of `prepare`, on the device of x.  act_bits 2
+    to 8; per_token, sym and lengths (B,) int32 or int64 as in `act_codes`, of what is quantized.  kernel "cuda" or "torch"; None: "cuda" on
+    a GPU, "torch" elsewhere.  Never waits for a GPU.  Raises ValueError that names what is wrong: shape, type, stride, device, alignment or
+    layout.
     """
-    return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, sym, lengths, kernel)
+    return torch.ops.awrq.w4a8_linear(x, *weight, act_bits, per_token, sym, lengths, kernel, *producer)
 
 
-def _wrong(x, weight, act_bits, lengths, kernel):
+def _wrong(x, weight, act_bits, lengths, kernel, producer):
     """Yields, in words, what the arithmetic cannot take.  Looks at no data, so a GPU need not be waited for."""
     rows, columns, groupsize = weight.rows, weight.columns, weight.groupsize
+    width = 2 * columns if producer.gated else columns
     if weight.layout != LAYOUT:
         yield f"packed layout {weight.layout}, this version reads {LAYOUT}: pack the codes again"
     if x.dtype not in DTYPES:
         yield f"x is {x.dtype}, must be float16, bfloat16 or float32"
-    if x.dim() != 3 or x.shape[2] != columns:
-        yield f"x {tuple(x.shape)}: must be (B, T, {columns})"
+    if x.dim() != 3 or x.shape[2] != width:
+        yield f"x {tuple(x.shape)}: must be (B, T, {width})"
     if x.numel() == 0:
         yield f"x {tuple(x.shape)}: is empty"
     if not 2 <= act_bits <= 8:
@@ -167,6 +233,8 @@ def _wrong(x, weight, act_bits, lengths, kernel):
         yield f"groupsize {groupsize}: must be 1 to {columns}"
     if kernel not in (None, "cuda", "torch"):
         yield f"kernel {kernel}: must be cuda or torch"
+    if producer.gated and producer.norm is not None:
+        yield "norm and gated: must be one of both"
     padded, groups = _padded(rows, ROWS), -(-columns // groupsize)
     for name, tensor, shape, types in (
         ("x", x, x.shape, DTYPES),
@@ -176,6 +244,7 @@ def _wrong(x, weight, act_bits, lengths, kernel):
         ("colsum", weight.colsum, (groups, padded), (torch.int32,)),
         ("bias", weight.bias, (padded,), (torch.float32,)),
         ("lengths", lengths, x.shape[:1], (torch.int32, torch.int64)),
+        ("norm", producer.norm, (columns,), (x.dtype,)),
     ):
         if tensor is None:
             continue
@@ -204,14 +273,19 @@ def _exact_matmul(q, w):
         return sum((part @ columns.float().T).int() for part, columns in zip(q.split(4096, -1), w.split(4096, 1), strict=True))
 
 
+def _named(weight_and_more):
+    """(Weight, act_bits, per_token, sym, lengths, kernel, Producer) of the op's arguments after x."""
+    return Weight(*weight_and_more[:-8]), *weight_and_more[-8:-3], Producer(*weight_and_more[-3:])
+
+
 def _torch_linear(x, *args):
     """The op in PyTorch, on any device: the definition that the kernels are held to."""
-    weight, act_bits, per_token, sym, lengths, kernel = Weight(*args[:-5]), *args[-5:]
-    _check(x, weight, act_bits, lengths, kernel)
+    weight, act_bits, per_token, sym, lengths, kernel, producer = _named(args)
+    _check(x, weight, act_bits, lengths, kernel, producer)
     if kernel == "cuda" and x.device.type != "cuda":
         raise ValueError(f"w4a8_linear: kernel cuda, but x is on {x.device}")
     rows = weight.rows
-    q, x_scale, x_zero = act_codes(x, act_bits, per_token, sym, lengths)
+    q, x_scale, x_zero = act_codes(producer(x), act_bits, per_token, sym, lengths)
     w, x_zero = unpack_w4(weight.packed)[:rows, : weight.columns], x_zero.int()
     y = torch.zeros(*x.shape[:2], rows, device=x.device)
     groups = (p[:, :rows] for p in (weight.scale, weight.zero, weight.colsum))
@@ -222,18 +296,18 @@ def _torch_linear(x, *args):
 
 
 def _cuda_linear(x, *args):
-    weight, act_bits, per_token, sym, lengths, kernel = Weight(*args[:-5]), *args[-5:]
+    weight, act_bits, per_token, sym, lengths, kernel, producer = _named(args)
     if kernel == "torch":
         return _torch_linear(x, *args)
-    _check(x, weight, act_bits, lengths, kernel)
+    _check(x, weight, act_bits, lengths, kernel, producer)
     from kernels import cuda
 
-    return cuda.linear(x, weight, act_bits, per_token, sym, lengths)
+    return cuda.linear(x, weight, act_bits, per_token, sym, lengths, producer)
 
 
 def _fake_linear(x, *args):
-    weight, act_bits, _, _, lengths, kernel = Weight(*args[:-5]), *args[-5:]
-    _check(x, weight, act_bits, lengths, kernel)
+    weight, act_bits, _, _, lengths, kernel, producer = _named(args)
+    _check(x, weight, act_bits, lengths, kernel, producer)
     return x.new_empty(*x.shape[:2], weight.rows)
 
 
@@ -262,7 +336,7 @@ def select(kind, device):
 _library = torch.library.Library("awrq", "DEF")
 _library.define(
     "w4a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor colsum, Tensor bias, int rows, int columns, int groupsize, "
-    "int layout, int act_bits, bool per_token, bool sym, Tensor? lengths, str? kernel) -> Tensor"
+    "int layout, int act_bits, bool per_token, bool sym, Tensor? lengths, str? kernel, Tensor? norm, float eps, bool gated) -> Tensor"
 )
 _library.impl("w4a8_linear", _torch_linear, "CPU")
 _library.impl("w4a8_linear", _cuda_linear, "CUDA")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import NOTHING
 from kernels.build import BuildError, build
 from recipe import UsageError
 
@@ -34,12 +35,16 @@ class Call(ctypes.Structure):
     """Call of w4a8.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ["x", "lengths", "weight", "scale", "zero", "colsum", "bias", "y", "workspace", "stream"]),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ["x", "lengths", "norm", "weight", "scale", "zero", "colsum", "bias", "y", "workspace", "stream"]
+        ),
         ("workspace_bytes", ctypes.c_int64),
         *(
             (name, ctypes.c_int)
-            for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "sym", "config", "splits", "steps"]
+            for name in ["type", "B", "T", "K", "N", "groupsize", "levels", "per_token", "sym", "config", "splits", "steps", "producer"]
         ),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -122,14 +127,21 @@ def fitting(costs, processors, tokens, rows, columns, groupsize):
     return min((choice for config in costs for choice in choices(config)), key=work)
 
 
-def choose(library, gpu, processors, tokens, rows, columns, groupsize):
-    """(config, splits) for a shape on a GPU with so many multiprocessors: as measured, else by the default rules."""
+def choose(library, gpu, processors, tokens, rows, columns, groupsize, produced=False):
+    """(config, splits) for a shape on a GPU with so many multiprocessors: as measured, else by the default rules.
+
+    produced: whether x has a producer, for which decode_fused, in which every block quantizes all of x, would compute it again and again.
+    """
     measured = tables().get(gpu, {}).get("cells", {}).get(cell(rows, columns, groupsize), ())
     for most, config, parts in measured:
         if tokens <= most:
+            if produced and config == "decode_fused":
+                break
             return config, parts
     shape = tokens, rows, columns, groupsize
     for rule in tables()["default"]["rules"]:
+        if produced and rule.get("config") == "decode_fused":
+            continue
         if tokens <= rule.get("tokens", tokens) and tokens * columns <= rule.get("elements", tokens * columns):
             if "tiles" in rule:
                 config, parts = fitting(rule["tiles"], processors, *shape)
@@ -154,26 +166,31 @@ def takes(library, config, parts, tokens, rows, columns, groupsize):
 
 
 @functools.lru_cache(maxsize=4096)
-def dispatch(device, tokens, rows, columns, groupsize):
+def dispatch(device, tokens, rows, columns, groupsize, produced=False):
     properties = torch.cuda.get_device_properties(device)
-    return choose(library(device), properties.name, properties.multi_processor_count, tokens, rows, columns, groupsize)
+    return choose(library(device), properties.name, properties.multi_processor_count, tokens, rows, columns, groupsize, produced)
 
 
 # ---------------------------------------------------------------------------
 # The call
 
 
-def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, steps=BOTH):
-    """y (B, T, R) from x (B, T, C) by one configuration.
+def producer_number(producer):
+    """Producer of produce.cuh."""
+    return 2 if producer.gated else 1 if producer.norm is not None else 0
+
+
+def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, steps=BOTH, producer=NOTHING):
+    """y (B, T, R) from x (B, T, C) by one configuration; from x (B, T, 2 C) with a gated producer.
 
     acts: (act_bits, per_token, sym); stream: its address; empty(bytes): memory for the way, of any contents; steps: MULTIPLY takes the
     codes of x that a QUANTIZE, the same call otherwise, left in that memory.  Raises ValueError for what the kernels refuse, RuntimeError
     for an error of CUDA.
     """
     call = Call(
-        x.data_ptr(), None if lengths is None else lengths.data_ptr(), *(p.data_ptr() for p in weight[:5]), y.data_ptr(), None, stream, 0,
+        *(None if t is None else t.data_ptr() for t in (x, lengths, producer.norm, *weight[:5], y)), None, stream, 0,
         TYPES[x.dtype], x.shape[0], x.shape[1], weight.columns, weight.rows, weight.groupsize, 2 ** acts[0] - 1, *acts[1:],
-        CONFIG_NUMBERS[config], parts, steps,
+        CONFIG_NUMBERS[config], parts, steps, producer_number(producer), producer.eps,
     )  # fmt: skip
     call.workspace_bytes = library.awrq_workspace(ctypes.byref(call))
     code = call.workspace_bytes
@@ -188,13 +205,15 @@ def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, s
     return y
 
 
-def linear(x, weight, act_bits, per_token, sym, lengths):
+def linear(x, weight, act_bits, per_token, sym, lengths, producer=NOTHING):
     """The op on a GPU, on its current stream, for checked arguments."""
     if weight.groupsize < weight.columns and (weight.groupsize % 64 or weight.groupsize > 1024):
         raise UsageError(
             f"w4a8_linear: groupsize {weight.groupsize}: the CUDA kernels take multiples of 64 up to 1024, or a whole row; use kernel torch"
         )
-    config, parts = dispatch(x.device, x.shape[0] * x.shape[1], weight.rows, weight.columns, weight.groupsize)
+    config, parts = dispatch(
+        x.device, x.shape[0] * x.shape[1], weight.rows, weight.columns, weight.groupsize, producer_number(producer) > 0
+    )
     with torch.cuda.device(x.device):
         return launch(
             library(x.device),
@@ -207,4 +226,5 @@ def linear(x, weight, act_bits, per_token, sym, lengths):
             parts,
             torch.cuda.current_stream().cuda_stream,
             lambda n: torch.empty(n, dtype=torch.uint8, device=x.device),
+            producer=producer,
         )

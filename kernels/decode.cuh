@@ -28,8 +28,8 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, M = a.B * a.T;
   if (threadIdx.x < M) out.sums[threadIdx.x] = 0;
   for (int m = 0; m < M; ++m) {
-    Batch<T> batch;
-    Range r = warp_range(thread_range(batch, static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K, a.K));
+    Batch<T, 16> batch;
+    Range r = warp_range(thread_range(batch, PlainRow<T>(a, m, nullptr), 0, a.K));
     if (lane == 0) ranges[(m * D::WARPS + warp) * 2] = ordered(r.lo), ranges[(m * D::WARPS + warp) * 2 + 1] = ordered(r.hi);
   }
   __syncthreads();
@@ -40,16 +40,16 @@ DEVICE void quantize_block(const Activations& a, const Codes& out, int* ranges) 
     for (int i = first * D::WARPS + lane; i < last * D::WARPS; i += 32) lo = min(lo, ranges[2 * i]), hi = max(hi, ranges[2 * i + 1]);
     Grid grid({unordered(warp_min(lo)), unordered(warp_max(hi))}, a);
     if (threadIdx.x == 0) out.scale[m] = grid.scale, out.zero[m] = grid.zero_code(a.levels);
-    const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(m) * a.K;
+    PlainRow<T> row(a, m, nullptr);
     Batch<T, 8> batch;  // for more there are no registers beside the weight's
     int total = 0;
     for (int begin = 0; begin < a.Kp; begin += batch.columns()) {
-      batch.load(x, begin, a.K);
+      batch.load(row, begin, a.K);
       #pragma unroll
       for (int b = 0; b < batch.COUNT; ++b) {
         int i = batch.column(begin, b);
         if (i >= a.Kp) continue;
-        uint2 w = codes8(batch.eights[b], x, i, a.K, grid, a.levels);
+        uint2 w = codes8(batch.eights[b], row, i, a.K, grid, a.levels);
         store_fragments(out.codes, M, m, i, w);
         total += sum8(w);
       }

@@ -73,6 +73,7 @@ DEVICE float max_or_nan(float a, float b) {
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float square_root(float v) { return __fsqrt_rn(v); }
 DEVICE float bits_to_float(uint32_t v) { return __uint_as_float(v); }
 DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
 

@@ -1,18 +1,7 @@
 // codes = quant(x[M,K]): u8, min-max, the range includes 0 or is symmetric about it; per row (token) or per T rows (sequence).  Any K; Kp % 64 == 0.
 // The same arithmetic as act_codes in __init__.py, operation by operation.
 #pragma once
-#include "ptx.cuh"
-
-enum Type { kHalf, kBfloat, kFloat };
-
-struct Activations {
-  const void* x;       // [B,T,K]
-  const int* lengths;  // [B]: rows of a sequence that count for its range; or null: all
-  int type, B, T, K, Kp;
-  int levels;  // largest code, 2^bits - 1
-  int per_token;
-  int sym;  // whether the range is -max|x| to max|x|
-};
+#include "produce.cuh"
 
 struct Codes {
   uint8_t* codes;  // [M,Kp]; or, for the decoding kernels, [Kp/32,M,32], see fragment
@@ -71,27 +60,6 @@ struct Grid {
   DEVICE int zero_code(int levels) const { return static_cast<int>(fminf(fmaxf(zero, 0), static_cast<float>(levels))); }
 };
 
-// Eight elements of a row, as they lie in memory.
-template <class T>
-struct alignas(16) Eight { T values[8]; };
-
-// x[i], ..., x[i+7]; 0 from x[end] on.  Rows of a multiple of 8 elements are aligned to 16 bytes and have nothing of another row in the eight.
-template <class T>
-DEVICE Eight<T> load8(const T* x, int i, int end) {
-  union { uint4 words[sizeof(T) / 2]; Eight<T> eight; } u = {};
-  if (end % 8 == 0) {
-    if (i < end) {
-      #pragma unroll
-      for (int j = 0; j < static_cast<int>(sizeof(T) / 2); ++j) u.words[j] = reinterpret_cast<const uint4*>(x + i)[j];
-    }
-  } else {
-    #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (i + j < end) u.eight.values[j] = x[i + j];
-  }
-  return u.eight;
-}
-
 template <class T>
 DEVICE Range widened(Range r, const Eight<T>& x) {
   #pragma unroll
@@ -103,43 +71,32 @@ DEVICE Range widened(Range r, const Eight<T>& x) {
 }
 DEVICE Range widened(Range a, Range b) { return {fminf(a.lo, b.lo), max_or_nan(a.hi, b.hi)}; }
 
-// What a thread loads before it looks at any of it: so many eights, 8 * blockDim.x columns apart.
-template <class T, int WORDS = 16>
-struct Batch {
-  static constexpr int COUNT = WORDS / static_cast<int>(2 * sizeof(T));  // WORDS registers
-  Eight<T> eights[COUNT];
-  DEVICE static int columns() { return 8 * blockDim.x * COUNT; }  // of all threads
-  DEVICE static int column(int first, int i) { return first + 8 * (threadIdx.x + i * blockDim.x); }
-  DEVICE void load(const T* x, int first, int end) {
-    #pragma unroll
-    for (int i = 0; i < COUNT; ++i) eights[i] = load8(x, column(first, i), end);
-  }
-  DEVICE Range widen(Range r) const {
-    #pragma unroll
-    for (int i = 0; i < COUNT; ++i) r = widened(r, eights[i]);
-    return r;
-  }
-};
-
-// The range of x[0..end), as this thread sees it; the batch is left with the last columns.
 template <class T, int WORDS>
-DEVICE Range thread_range(Batch<T, WORDS>& batch, const T* x, int end) {
+DEVICE Range widened(Range r, const Batch<T, WORDS>& batch) {
+  #pragma unroll
+  for (int i = 0; i < batch.COUNT; ++i) r = widened(r, batch.eights[i]);
+  return r;
+}
+
+// The range of columns begin to end of a row, as this thread sees it; the batch is left with the last columns.
+template <class Row, int WORDS>
+DEVICE Range thread_range(Batch<typename Row::T, WORDS>& batch, const Row& row, int begin, int end) {
   Range r;
-  for (int first = 0; first < end; first += batch.columns()) {
-    batch.load(x, first, end);
-    r = batch.widen(r);
+  for (int first = begin; first < end; first += batch.columns()) {
+    batch.load(row, first, end);
+    r = widened(r, batch);
   }
   return r;
 }
 
 // The codes of eight elements from column i of a row on, packed; 0 from column K on.
-template <class T>
-DEVICE uint2 codes8(const Eight<T>& eight, const T* x, int i, int K, const Grid& grid, int levels) {
+template <class Row>
+DEVICE uint2 codes8(const Eight<typename Row::T>& eight, const Row& row, int i, int K, const Grid& grid, int levels) {
   if (!grid.by_inverse) {
     uint2 w = {};
     #pragma unroll 1  // rare, and long
     for (int j = 0; j < 8 && i + j < K; ++j) {
-      uint32_t code = grid.code_by_division(to_float(x[i + j]), levels) << (8 * (j % 4));
+      uint32_t code = grid.code_by_division(row.at(i + j), levels) << (8 * (j % 4));
       if (j < 4) w.x |= code;
       else w.y |= code;
     }
@@ -174,65 +131,65 @@ DEVICE int counted_rows(const Activations& a, int sequence) {
   return a.lengths ? max(0, min(a.T, a.lengths[sequence])) : a.T;
 }
 
-// First pass, per sequence: ranges[B,parts], block (sequence, part) sees rows [part * rows, (part + 1) * rows).  It also clears `sums`, to which
-// several blocks may add up in the second pass.
-template <class T>
-__global__ void __launch_bounds__(kWideThreads) range_kernel(Activations a, float2* ranges, int parts, int rows, int* sums, int n_sums) {
+// First pass: ranges[units,parts], a unit being a sequence, or a token that has a range of its own.  Block (unit, part; y) sees rows
+// [part * rows, (part + 1) * rows) of the unit, of them columns [y * width, (y + 1) * width).  It also clears `sums`, to which several blocks
+// may add up in the second pass.
+template <class Row>
+__global__ void __launch_bounds__(kWideThreads)
+range_kernel(Activations a, float2* ranges, int row_parts, int rows, int width, int* sums, int n_sums) {
   SHARED_MEMORY(shared);
-  int sequence = blockIdx.x / parts, part = blockIdx.x % parts;
-  int begin = part * rows, end = min(begin + rows, counted_rows(a, sequence));
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n_sums; i += gridDim.x * blockDim.x) sums[i] = 0;
+  int unit = blockIdx.x / row_parts, unit_rows = a.per_token ? 1 : a.T, counted = a.per_token ? 1 : counted_rows(a, unit);
+  int begin = blockIdx.x % row_parts * rows, end = min(begin + rows, counted);
+  int block = blockIdx.x * gridDim.y + blockIdx.y, left = blockIdx.y * width, right = min(left + width, a.K);
+  for (int i = block * blockDim.x + threadIdx.x; i < n_sums; i += gridDim.x * gridDim.y * blockDim.x) sums[i] = 0;
+  float* of_row = reinterpret_cast<float*>(shared);
   Range r;
-  Batch<T> batch;
-  for (int t = begin; t < end; ++t)
-    r = widened(r, thread_range(batch, static_cast<const T*>(a.x) + (static_cast<size_t>(sequence) * a.T + t) * a.K, a.K));
-  r = block_range(r, reinterpret_cast<int*>(shared));
-  if (threadIdx.x == 0) ranges[blockIdx.x] = make_float2(r.lo, r.hi);
+  Batch<typename Row::T, Row::WORDS> batch;
+  for (int t = begin; t < end; ++t) r = widened(r, thread_range(batch, Row(a, unit * unit_rows + t, of_row), left, right));
+  r = block_range(r, reinterpret_cast<int*>(shared + Row::BYTES));
+  if (threadIdx.x == 0) ranges[block] = make_float2(r.lo, r.hi);
 }
 
-// Second pass, or the only one where a row has a range of its own (parts == 0): block (row, part) quantizes `width` columns of a row, which are
+// Second pass, or the only one where a block finds the range of its row itself (parts == 0): block (row, part) quantizes `width` columns of a row, which are
 // all of them in the latter case.  It also clears `tickets`.
-template <class T>
+template <class Row>
 __global__ void __launch_bounds__(kWideThreads)
 quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes out, uint32_t* tickets, int n_tickets) {
   SHARED_MEMORY(shared);
-  int row = blockIdx.x, groups = (a.K + out.groupsize - 1) / out.groupsize;
+  using Loaded = Batch<typename Row::T, Row::WORDS>;
+  int index = blockIdx.x, groups = (a.K + out.groupsize - 1) / out.groupsize;
   int begin = blockIdx.y * width, end = min(begin + width, a.Kp);
-  int* sums = reinterpret_cast<int*>(shared);
-  const T* x = static_cast<const T*>(a.x) + static_cast<size_t>(row) * a.K;
-  Batch<T> batch;
-  batch.load(x, begin, a.K);
+  int* sums = reinterpret_cast<int*>(shared + Row::BYTES);
+  Row row(a, index, reinterpret_cast<float*>(shared));
+  Loaded batch;
+  Range r;
+  int held = begin;  // the first column of the batch in the registers, which hold but one
+  for (int first = begin, all = parts == 0 ? a.K : begin + 1; first < all; held = first, first += Loaded::columns()) {
+    batch.load(row, first, min(end, a.K));
+    if (parts == 0) r = widened(r, batch);
+  }
 
-  for (int i = (blockIdx.y * gridDim.x + row) * blockDim.x + threadIdx.x; i < n_tickets; i += gridDim.x * gridDim.y * blockDim.x) tickets[i] = 0;
+  for (int i = (blockIdx.y * gridDim.x + index) * blockDim.x + threadIdx.x; i < n_tickets; i += gridDim.x * gridDim.y * blockDim.x) tickets[i] = 0;
   for (int i = threadIdx.x; i < groups; i += blockDim.x) sums[i] = 0;
 
-  Range r;
-  if (parts == 0) {
-    r = batch.widen(r);
-    for (int first = Batch<T>::columns(); first < a.K; first += Batch<T>::columns()) {
-      batch.load(x, first, a.K);
-      r = batch.widen(r);
-    }
-    if (Batch<T>::columns() < a.K) batch.load(x, 0, a.K);  // again, as the registers hold but one batch
-  } else {
-    for (int i = threadIdx.x; i < parts; i += blockDim.x) {
-      float2 part = ranges[static_cast<size_t>(row / a.T) * parts + i];
-      r = widened(r, Range{part.x, part.y});
-    }
+  for (int i = threadIdx.x; i < parts; i += blockDim.x) {
+    float2 part = ranges[static_cast<size_t>(a.per_token ? index : index / a.T) * parts + i];
+    r = widened(r, Range{part.x, part.y});
   }
   Grid grid(block_range(r, sums + groups), a);  // waits for all threads, sums are cleared too
-  if (threadIdx.x == 0 && begin == 0) out.scale[row] = grid.scale, out.zero[row] = grid.zero_code(a.levels);
+  if (threadIdx.x == 0 && begin == 0) out.scale[index] = grid.scale, out.zero[index] = grid.zero_code(a.levels);
 
   int total = 0;
-  for (int first = begin; first < end; first += Batch<T>::columns()) {  // whole warps go round, as they add up together
-    if (first > begin) batch.load(x, first, a.K);
+  for (int first = begin; first < end; first += Loaded::columns()) {  // whole warps go round, as they add up together
+    if (first != held) batch.load(row, first, min(end, a.K));
+    held = -1;  // what comes next is another
     #pragma unroll
-    for (int b = 0; b < Batch<T>::COUNT; ++b) {
-      int i = Batch<T>::column(first, b), sum = 0;
+    for (int b = 0; b < Loaded::COUNT; ++b) {
+      int i = Loaded::column(first, b), sum = 0;
       if (i < end) {
-        uint2 w = codes8(batch.eights[b], x, i, a.K, grid, a.levels);
-        if (out.fragments) store_fragments(out.codes, gridDim.x, row, i, w);
-        else *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(row) * a.Kp + i) = w;
+        uint2 w = codes8(batch.eights[b], row, i, a.K, grid, a.levels);
+        if (out.fragments) store_fragments(out.codes, gridDim.x, index, i, w);
+        else *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(index) * a.Kp + i) = w;
         sum = sum8(w);
       }
       if (groups == 1) {
@@ -249,7 +206,7 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
   }
   __syncthreads();
   for (int i = threadIdx.x; i < groups; i += blockDim.x) {
-    int* to = out.sums + static_cast<size_t>(i) * out.pitch + row;
+    int* to = out.sums + static_cast<size_t>(i) * out.pitch + index;
     if (gridDim.y == 1) *to = sums[i];
     else if (sums[i]) atomicAdd(to, sums[i]);
   }

@@ -5,8 +5,9 @@
 #include "decode.cuh"
 
 struct Call {  // the same fields in the same order as Call in cuda.py
-  const void* x;            // [B,T,K]
+  const void* x;            // [B,T,K]; [B,T,2K] where it has a gate
   const int* lengths;       // [B], or null
+  const void* norm;         // [K], the weight of a norm in front of it; or null
   const void* weight;       // of pack_w4
   const float* scale;       // [G,Np]
   const int* zero;          // [G,Np]
@@ -25,6 +26,8 @@ struct Call {  // the same fields in the same order as Call in cuda.py
   int config;               // Config
   int splits;               // blocks that share the columns of a tile
   int steps;                // Steps
+  int producer;             // Producer in produce.cuh
+  float eps;                // of the norm
 };
 
 // The order of CONFIGS in cuda.py.
@@ -40,6 +43,7 @@ template <bool G> using Tile256 = Tile<256, 128, 64, 64, 3, G>;
 constexpr int kMaxTokens = 1 << 20, kMaxRows = 1 << 20, kMaxColumns = 65536, kMaxSplits = 64;  // so tiles are counted in 31 bits
 constexpr int kRangeParts = 1024;  // blocks of the first pass over x, about
 constexpr int kFewRows = 256;      // of x: fewer blocks would leave multiprocessors idle
+constexpr int kMinColumnParts = 5; // of a gate, which takes so long that a second pass pays where so many blocks can share a row
 
 static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -47,7 +51,8 @@ struct Plan {  // everything that follows from a call
   int M, Np, Kp, Mp, groups, groupsize, bn, bm, tiles, values;
   bool grouped, decode, fused;
   int decode_bytes;             // shared memory of the decoding kernel
-  int range_parts, range_rows;  // first pass over x; no parts: rows have ranges of their own
+  int range_parts, range_rows;  // first pass over x; no parts: there is none, as rows have ranges of their own
+  int column_parts;             // blocks that share a row in that pass
   int64_t codes, sums, x_scale, x_zero, ranges, slabs, tickets, bytes;  // offsets in the workspace
 
   explicit Plan(const Call& c) {
@@ -61,14 +66,17 @@ struct Plan {  // everything that follows from a call
     decode_bytes = M <= 8 ? fused ? Decode<8, true, false>::shared_bytes(M, Kp, groups) : Decode<8, false, false>::shared_bytes(M, Kp, groups)
                    : fused ? Decode<16, true, false>::shared_bytes(M, Kp, groups) : Decode<16, false, false>::shared_bytes(M, Kp, groups);
     range_rows = (M + kRangeParts - 1) / kRangeParts;
-    range_parts = c.per_token || (c.T == 1 && !c.lengths) ? 0 : (c.T + range_rows - 1) / range_rows;
+    column_parts = c.producer == kGate ? std::min(kFewRows / M, Kp / (8 * kQuantizeThreads)) : 1;
+    if (column_parts < kMinColumnParts) column_parts = 1;
+    bool own = c.per_token || (c.T == 1 && !c.lengths);
+    range_parts = !own ? (c.T + range_rows - 1) / range_rows : column_parts > 1 ? 1 : 0;
     bytes = 0;
     auto take = [&](int64_t size) { int64_t at = bytes; bytes += (size + 255) / 256 * 256; return at; };
     codes = take(fused ? 0 : int64_t(M) * Kp);
     sums = take(fused ? 0 : int64_t(groups) * Mp * 4);
     x_scale = take(fused ? 0 : int64_t(Mp) * 4);
     x_zero = take(fused ? 0 : int64_t(Mp) * 4);
-    ranges = take(fused ? 0 : int64_t(c.B) * range_parts * 8);
+    ranges = take(fused ? 0 : int64_t(c.per_token ? M : c.B) * range_parts * column_parts * 8);
     slabs = take(c.splits > 1 ? int64_t(tiles) * c.splits * values * 4 : 0);
     tickets = take(c.splits > 1 ? int64_t(tiles) * 4 : 0);
   }
@@ -95,6 +103,9 @@ enum Steps { kQuantize = 1, kMultiply = 2, kBoth = 3 };
   X(kDecodeRows, "this configuration takes at most 16 tokens") \
   X(kFusedBytes, "this configuration keeps all codes of x in shared memory, 99 KiB at most") \
   X(kFusedSplits, "this configuration does not split the columns") \
+  X(kFusedProducer, "this configuration quantizes x as it is, without a norm or a gate") \
+  X(kBadProducer, "there is no such producer") \
+  X(kNoNorm, "norm is null or not aligned to 16 bytes") \
   X(kBadTile, "this configuration needs padded rows that are a multiple of 256, and one scale for a whole row") \
   X(kBadSplits, "splits must be 1 to 64, and at most the groups of a row") \
   X(kBadSteps, "steps must be 1 to 3, and 3 where a configuration quantizes as it multiplies") \
@@ -123,6 +134,8 @@ static int check_shape(const Call& c) {
   if (p.decode && p.M > 16) return refuse(kDecodeRows);
   if (p.decode && p.decode_bytes > kMaxShared) return refuse(kFusedBytes);
   if (p.fused && c.splits != 1) return refuse(kFusedSplits);
+  if (c.producer < kNothing || c.producer > kGate) return refuse(kBadProducer);
+  if (p.fused && c.producer != kNothing) return refuse(kFusedProducer);
   if (c.config == k256x128 && (p.Np % 256 || p.grouped)) return refuse(kBadTile);
   if (c.splits < 1 || c.splits > kMaxSplits || c.splits > (p.grouped ? p.groups : p.Kp / 64)) return refuse(kBadSplits);
   return 0;
@@ -138,26 +151,40 @@ static int check_pointers(const Call& c, const Plan& p) {
   if (!aligned(c.bias, 16)) return refuse(kNoBias);
   if (!aligned(c.y, 16)) return refuse(kNoY);
   if (c.lengths && !aligned(c.lengths, 4)) return refuse(kBadLengths);
+  if (c.producer == kNorm && !aligned(c.norm, 16)) return refuse(kNoNorm);
   if (p.bytes && (!aligned(c.workspace, 16) || c.workspace_bytes < p.bytes)) return refuse(kBadWorkspace);
   return 0;
 }
 
-template <class T>
+template <class Row>
 static int quantize(const Call& c, const Plan& p, const Activations& a, const Codes& codes, float2* ranges, uint32_t* tickets) {
   // With few rows a block is as wide as a row needs, and several share a row whose range is known.
   bool few = p.M <= kFewRows;
   int parts = p.range_parts && few ? std::max(1, std::min(kFewRows / p.M, p.Kp / (8 * kQuantizeThreads))) : 1;
   int width = padded((p.Kp + parts - 1) / parts, 64);
   parts = (p.Kp + width - 1) / width;
-  auto threads = [&](int columns) { return few ? std::min(kWideThreads, padded((columns + 7) / 8, 32)) : kQuantizeThreads; };
-  auto memory = [&](int columns) { return threads(columns) / 32 * 2 * 4; };
+  auto threads = [&](int columns) {
+    if (few) return std::min(kWideThreads, padded((columns + 7) / 8, 32));
+    if (c.producer == kNothing) return kQuantizeThreads;
+    int eight = 8 * Batch<typename Row::T, Row::WORDS>::COUNT;  // of a thread, so that it makes them once
+    return std::clamp(padded((columns + eight - 1) / eight, 32), kQuantizeThreads, kWideThreads);
+  };
+  auto memory = [&](int columns) { return Row::BYTES + threads(columns) / 32 * 2 * 4; };
   if (p.range_parts) {
-    int error = launch(range_kernel<T>, c.B * p.range_parts, 1, threads(p.Kp), memory(p.Kp), c.stream, a, ranges, p.range_parts, p.range_rows,
-                       codes.sums, parts > 1 ? p.groups * p.Mp : 0);
+    int units = c.per_token ? p.M : c.B, of_range = padded((p.Kp + p.column_parts - 1) / p.column_parts, 64);
+    int error = launch(range_kernel<Row>, units * p.range_parts, p.column_parts, threads(of_range), memory(of_range), c.stream, a, ranges,
+                       p.range_parts, p.range_rows, of_range, codes.sums, parts > 1 ? p.groups * p.Mp : 0);
     if (error) return error;
   }
-  return launch(quantize_kernel<T>, p.M, parts, threads(width), p.groups * 4 + memory(width), c.stream, a, static_cast<const float2*>(ranges),
-                p.range_parts, width, codes, tickets, c.splits > 1 ? p.tiles : 0);
+  return launch(quantize_kernel<Row>, p.M, parts, threads(width), p.groups * 4 + memory(width), c.stream, a, static_cast<const float2*>(ranges),
+                p.range_parts * p.column_parts, width, codes, tickets, c.splits > 1 ? p.tiles : 0);
+}
+
+template <class T, class... Arguments>
+static int quantize_of_type(const Call& c, Arguments... arguments) {
+  return c.producer == kNorm   ? quantize<NormedRow<T>>(c, arguments...)
+         : c.producer == kGate ? quantize<GatedRow<T>>(c, arguments...)
+                               : quantize<PlainRow<T>>(c, arguments...);
 }
 
 template <class Tl>
@@ -233,7 +260,7 @@ int awrq_linear(const Call* call) {
   Plan p(c);
   if (int refused = check_pointers(c, p)) return refused;
   uint8_t* memory = static_cast<uint8_t*>(c.workspace);
-  Activations a{c.x, c.lengths, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token, c.sym};
+  Activations a{c.x, c.lengths, c.norm, c.eps, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token, c.sym};
   Codes codes{memory + p.codes, reinterpret_cast<float*>(memory + p.x_scale), reinterpret_cast<int*>(memory + p.x_zero),
               reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize, p.decode};
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
@@ -241,9 +268,9 @@ int awrq_linear(const Call* call) {
                   c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};
   if (!p.fused && c.steps & kQuantize) {
     float2* ranges = reinterpret_cast<float2*>(memory + p.ranges);
-    int error = c.type == kHalf     ? quantize<half_t>(c, p, a, codes, ranges, tickets)
-                : c.type == kBfloat ? quantize<bfloat_t>(c, p, a, codes, ranges, tickets)
-                                    : quantize<float>(c, p, a, codes, ranges, tickets);
+    int error = c.type == kHalf     ? quantize_of_type<half_t>(c, p, a, codes, ranges, tickets)
+                : c.type == kBfloat ? quantize_of_type<bfloat_t>(c, p, a, codes, ranges, tickets)
+                                    : quantize_of_type<float>(c, p, a, codes, ranges, tickets);
     if (error || c.steps == kQuantize) return error;
   }
   return p.grouped ? multiply<true>(c, p, problem, a) : multiply<false>(c, p, problem, a);

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-import kernels
-from kernels import build, cuda
+from kernels import NOTHING, build, cuda
 
 ROOT = Path(__file__).parent.parent
 # Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
@@ -35,9 +34,16 @@ def guarded(library, tensor, align=16):
     return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def emulate(library, x, weight, config, parts, bits=8, per_token=False, sym=False, lengths=None, reverse=False, eager=False):
+def all_guarded(library, fields):
+    """A NamedTuple whose tensors are guarded."""
+    return fields._make(guarded(library, v) if isinstance(v, torch.Tensor) else v for v in fields)
+
+
+def emulate(
+    library, x, weight, config, parts, bits=8, per_token=False, sym=False, lengths=None, reverse=False, eager=False, producer=NOTHING
+):
     """y of one configuration.  All it reads ends at a guard; the workspace and y start as garbage."""
-    weight = kernels.Weight(*(guarded(library, v) if isinstance(v, torch.Tensor) else v for v in weight))
+    weight, producer = all_guarded(library, weight), all_guarded(library, producer)
     y = guarded(library, torch.full((*x.shape[:2], weight.rows), float("nan"), dtype=x.dtype))
     lengths = None if lengths is None else guarded(library, lengths.int(), 4)
     library.emulator_settings(reverse, eager)
@@ -45,4 +51,5 @@ def emulate(library, x, weight, config, parts, bits=8, per_token=False, sym=Fals
     def empty(size):
         return guarded(library, torch.full((size,), 255, dtype=torch.uint8), 256)
 
-    return cuda.launch(library, guarded(library, x), y, weight, (bits, per_token, sym), lengths, config, parts, None, empty)
+    how = (weight, (bits, per_token, sym), lengths, config, parts, None, empty)
+    return cuda.launch(library, guarded(library, x), y, *how, producer=producer)

@@ -1,5 +1,6 @@
 """The benchmarks on a CPU: what their JSON has, what the tables and pictures show, that a bad cell is no end and bad input is one line."""
 
+import copy
 import json
 import os
 import runpy
@@ -18,6 +19,7 @@ from transformers.utils import import_utils
 
 import kernels
 from bench import blocks, contenders, linears, quantizing, shapes, tune
+from families import LLAMA
 from kernels import build, cuda
 from quant import Part
 from scripts import plot
@@ -98,6 +100,53 @@ def test_layers_json(layers):
         assert seen.pop((rows, columns, "int8 product", 17))["eager"]
         assert seen.pop((rows, columns, "Marlin W4A16", None))["reason"] == "needs an NVIDIA GPU"
     assert all(c["tokens"] is None and c["reason"] and c["eager"] is None for c in seen.values())
+    before = {(c["columns"], c["tokens"], c["contender"]): c for c in report["quantizers"]}
+    assert set(before) == {(columns, tokens, name) for columns in (64, 160) for tokens in (1, 17) for name in contenders.QUANTIZERS}
+    for (_, _, name), cell in before.items():
+        alone = name in ("norm", "gate")
+        assert (cell["eager"] is not None) == alone and cell["reason"] == (None if alone else "is a step of the CUDA kernels")
+
+
+def test_the_share_of_what_comes_before_a_product():
+    def cell(us, **where):
+        return where | {"graph": us and {"median": us}, "eager": None}
+
+    report = {
+        "layers": [{"rows": 8, "columns": 4}],
+        "cells": [cell(6, rows=8, columns=4, tokens=m, contender="w4a8 product") for m in (1, 2)],
+        "quantizers": [
+            cell(us if m == 1 else None, columns=4, tokens=m, contender=name)
+            for m in (1, 2)
+            for name, us in zip(contenders.QUANTIZERS, (2, 4, 6, 1, 1), strict=True)
+        ],
+    }
+    heads, *rows = (line.split() for line in linears.shares(report))
+    assert heads[-2:] == ["1", "2"] and [row[-2:] for row in rows] == [["25%", "–"], ["40%", "–"], ["50%", "–"]]
+
+
+def test_quantization_alone_is_the_first_step(monkeypatch):
+    """Its calls on a stand-in for the library: per token, behind its producer, in the layout of the kernel that would follow."""
+    seen = []
+    monkeypatch.setattr(cuda, "library", lambda device: "library")
+    monkeypatch.setattr(cuda, "launch", lambda *args: seen.append(args))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
+    monkeypatch.setattr(contenders, "random_weight", lambda *shape, device: "weight")
+    fake = type("GPU", (), {"type": "cuda"})()
+    for name in ("empty", "ones", "randn"):
+        monkeypatch.setattr(torch, name, partial(lambda make, *size, device=None, **how: make(*size, **how), getattr(torch, name)))
+    for what, width, number in (("", 32, 0), ("norm", 32, 1), ("gate", 64, 2)):
+        for tokens, config in ((16, "decode"), (17, "128x64")):
+            (call,) = contenders.quantization(what, 32, fake)(tokens)
+            call()
+            _, x, y, weight, acts, _, found, *_, steps, producer = seen.pop()
+            assert (weight, acts, found, steps, cuda.producer_number(producer)) == (
+                "weight",
+                (8, True, False),
+                config,
+                cuda.QUANTIZE,
+                number,
+            )
+            assert (x.shape, y.shape) == ((1, tokens, width), (1, tokens, 128))
 
 
 def test_roofline():
@@ -192,6 +241,30 @@ def test_fused_linears_compute_the_same(name):
     torch.testing.assert_close(model(ids).logits, wanted)
     fused = [m for m in model.modules() if isinstance(m, Part)]
     assert len(fused) == (5 if name == "tiny-llama" else 3) and all(part.together.x is None for part in fused)
+
+
+@torch.no_grad()
+def test_norms_are_the_same_in_one_kernel():
+    with torch.device("cpu"):
+        model = blocks.AutoModelForCausalLM.from_config(blocks.configuration("tiny-llama", 16)).eval()
+    ids = torch.arange(9)[None]
+    wanted = model(ids).logits
+    blocks.fuse_norms(blocks.layers_of(model)[0], LLAMA)
+    assert sum(isinstance(m, torch.nn.RMSNorm) for m in model.modules()) == 2
+    torch.testing.assert_close(model(ids).logits, wanted)
+
+
+@torch.no_grad()
+def test_a_timed_block_normalizes_and_gates_as_a_packed_one():
+    """And computes what its linears compute behind transformers' own modules, but for ties."""
+    model = blocks.build("tiny-llama", 1, "w4a8", CPU, 16)
+    block, x = blocks.layers_of(model)[0], torch.randn(1, 9, 64).half()
+    linears = [m for m in block.modules() if isinstance(m, blocks.IntegerLinear)]
+    assert [(m.norm is not None, m.gated) for m in linears] == [(True, False), (False, False), (True, False), (False, True)]
+    plain = copy.deepcopy(block.mlp)
+    plain.gate_proj.together.whole.norm, plain.down_proj.gated = None, False
+    y = plain.gate_proj.together.whole(kernels.rms_norm(x, block.post_attention_layernorm.weight, block.post_attention_layernorm.eps))
+    torch.testing.assert_close(block.mlp(x), plain.down_proj(kernels.gated_silu(y)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", shapes.TINY)

@@ -307,7 +307,7 @@ def test_predictions_are_marked_as_such(monkeypatch, capsys):
     """Beside what was measured on the same GPU, where it was."""
     code = predict.Code(None, {"128x64": [300, 500], "128x128": [600, 1000]}, {"128x64": 0.9}, {(8, True): 3, (16, False): 2})
     monkeypatch.setattr(predict, "read_code", lambda arch: code)
-    monkeypatch.setattr(predict, "chosen", lambda gpu, code, M, N, K: ("decode_fused", 1) if M == 1 else ("128x64", 2))
+    monkeypatch.setattr(predict, "chosen", lambda gpu, code, M, N, K, produced=False: ("decode_fused", 1) if M == 1 else ("128x64", 2))
     predict.main(predict.parser().parse_args(["--models", "llama-13b", "--tokens", "1,512"]))
     out = capsys.readouterr().out
     assert out.startswith(predict.NOTE) and "128x64 90%" in out

@@ -29,12 +29,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def stand_in(emulated, monkeypatch):
-    """The op's CUDA implementation, for tensors in host memory: the configurations that the emulator ran."""
+    """The op's CUDA implementation, for tensors in host memory: (configuration, number of the producer) of what the emulator ran."""
     launched = []
 
-    def launch(library, x, y, weight, acts, lengths, config, *how, launch=cuda.launch):
-        launched.append(config)
-        return launch(library, x, y, weight, acts, lengths, config, *how)
+    def launch(library, x, y, weight, acts, lengths, config, *how, producer, launch=cuda.launch):
+        launched.append((config, cuda.producer_number(producer)))
+        return launch(library, x, y, weight, acts, lengths, config, *how, producer=producer)
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "library", lambda device: emulated)
@@ -53,6 +53,7 @@ def stand_in(emulated, monkeypatch):
 CHECKPOINTS = [
     ("opt", {}, "float16"),
     ("llama", {"groupsize": 64, "act_pertoken": True}, "bfloat16"),
+    ("llama", {"act_pertoken": True, "act_sym": True}, "float16"),
 ]
 
 
@@ -84,9 +85,24 @@ def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, set
     """From the file to the perplexity through all that runs on a GPU, but that an emulator runs the kernels."""
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
-    assert set(stand_in) == {"decode_fused", "128x32", "128x64"}
-    passes, blocks, groups = 4, 4, 4  # two texts, a prompt and a step; q/k/v and gate/up are one product each
+    configs, groups = {"decode_fused", "128x32", "128x64"}, 4  # q/k/v and gate/up are one product each
+    assert {config for config, _ in stand_in} == configs | ({"decode"} if family == "llama" else set())
+    blocks, passes = 4, 4  # two texts, a prompt and a step
     assert len(stand_in) == passes * blocks * groups
+    of_a_block = [1, 0, 1, 2] if family == "llama" else [0, 0, 0, 0]  # two norms and a gate
+    assert [producer for _, producer in stand_in] == passes * blocks * of_a_block
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_logits_are_those_of_the_torch_path(stand_in, dtype, per_token, tmp_path):
+    """To the last bit, norms and gates included, through all blocks."""
+    text = saved_demo("llama", {"act_pertoken": per_token}, tmp_path / "saved")
+    wanted, found = (open_checkpoint(tmp_path / "saved", dtype, CPU, kernel).materialize(CPU) for kernel in ("torch", "cuda"))
+    with torch.no_grad():
+        for ids in (text[None, :1], text[None, :21], text[:18].view(3, 6)):
+            assert torch.equal(found(ids).logits, wanted(ids).logits)
+    assert {producer for _, producer in stand_in} == {0, 1, 2}
 
 
 def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
@@ -107,12 +123,12 @@ def test_the_gpu_of_x_is_the_current_one_at_the_launch(stand_in, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     assert torch.equal(kernels.w4a8_linear(x, weight), kernels.w4a8_linear(x, weight, kernel="torch"))
-    assert stand_in == ["decode_fused"] and current == []
+    assert stand_in == [("decode_fused", 0)] and current == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS)
+@pytest.mark.parametrize(("family", "settings", "dtype"), CHECKPOINTS[:2])
 def test_a_checkpoint_on_a_gpu_has_the_perplexity_of_the_torch_path(family, settings, dtype, tmp_path):
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33], text), dtype, torch.device("cuda", 0))

@@ -33,6 +33,16 @@ def test_measured_cells_come_first(emulated, monkeypatch):
         assert cuda.choose(emulated, *other) == cuda.choose(emulated, "unknown", *other[1:])
 
 
+def test_what_has_a_producer_is_quantized_once(emulated, monkeypatch):
+    """Not by every block again, though a measured table or a rule says so: the kernel that streams weights then takes the codes."""
+    table = {"default": cuda.tables()["default"], "GPU": {"cells": {"256x512": [[4, "decode_fused", 1], [64, "128x64", 1]]}}}
+    monkeypatch.setattr(cuda, "tables", lambda: table)
+    for gpu in ("GPU", "other"):
+        assert cuda.choose(emulated, gpu, 108, 1, 256, 512, 512)[0] == "decode_fused"
+        assert cuda.choose(emulated, gpu, 108, 1, 256, 512, 512, produced=True)[0] == "decode"
+    assert cuda.choose(emulated, "GPU", 108, 64, 256, 512, 512, produced=True) == ("128x64", 1)
+
+
 def test_default_rules_keep_all_processors_busy(emulated):
     """One tile each where there are as many; splits where there are few; small tiles where large ones would leave the last wave empty."""
     for shape, wanted in (

@@ -5,19 +5,42 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from emulation import emulate, guarded
-from test_kernels import activations, prepared
+from emulation import all_guarded, emulate, guarded
+from test_kernels import activations, draw, prepared
 
 import kernels
 from bench import check
-from kernels import cuda
+from kernels import NOTHING, cuda
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("emulator")]  # one process: what they share takes seconds to make
 
 
-def assert_equal_to_op(y, x, weight, *settings):
+def quantized(library, x, columns, groupsize=-1, acts=(8, False, False), producer=NOTHING):
+    """What the quantizer of a tile leaves in memory: codes (M, Kp), sums (G, M), scale (M,), zero (M,)."""
+    memory = guarded(library, torch.full((1 << 21,), 255, dtype=torch.uint8), 256)
+    weight, producer = all_guarded(library, prepared(128, columns, groupsize)), all_guarded(library, producer)
+    how = (weight, acts, None, "128x16", 1, None, lambda n: memory, cuda.QUANTIZE, producer)
+    library.emulator_settings(False, False)
+    cuda.launch(library, guarded(library, x), torch.empty(*x.shape[:2], 128, dtype=x.dtype), *how)
+    rows, groups = x.shape[0] * x.shape[1], len(weight.scale)
+    padded_rows, padded = -(-rows // 128) * 128, -(-columns // 64) * 64
+    sums = memory[-(-rows * padded // 256) * 256 :].view(torch.int32)[: (groups + 2) * padded_rows].view(groups + 2, padded_rows)[:, :rows]
+    return memory[: rows * padded].view(rows, padded), sums[:groups], sums[groups].contiguous().view(torch.float32), sums[groups + 1]
+
+
+def assert_quantized(found, x, groupsize, acts):
+    """Whether that is what act_codes makes of x, to the last bit."""
+    wanted, scale, zero = (t.expand(*x.shape[:2], -1).flatten(0, 1) for t in kernels.act_codes(x, *acts))
+    codes, sums, found_scale, found_zero = found
+    assert torch.equal(codes[:, : x.shape[2]].float(), wanted) and not codes[:, x.shape[2] :].any()
+    assert torch.equal(found_scale, scale[:, 0]) and torch.equal(found_zero, zero[:, 0].int())
+    parts = wanted.split(x.shape[2] if groupsize == -1 else groupsize, 1)
+    assert torch.equal(sums, torch.stack([part.sum(1).int() for part in parts]))
+
+
+def assert_equal_to_op(y, x, weight, *settings, **more):
     """Bit for bit for whole rows; for groups, whose float32 sums may be fused and split, within their rounding."""
-    wanted = kernels.w4a8_linear(x, weight, *settings)
+    wanted = kernels.w4a8_linear(x, weight, *settings, **more)
     if weight.groupsize == weight.columns:
         assert torch.equal(y, wanted)
     else:
@@ -127,18 +150,67 @@ def test_codes_are_those_of_a_division(emulated, size, per_token):
         x = x.to(dtype)
         if not x.isfinite().all() or not x.any():
             continue
-        codes, scale, zero = kernels.act_codes(x, 8, per_token)
-        memory = guarded(emulated, torch.full((1 << 21,), 255, dtype=torch.uint8), 256)
-        weight = kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in prepared(128, columns)))
-        call = (weight, (8, per_token, False), None, "128x16", 1, None, lambda n, memory=memory: memory, cuda.QUANTIZE)
-        emulated.emulator_settings(False, False)
-        cuda.launch(emulated, guarded(emulated, x), torch.empty(1, rows, 128, dtype=dtype), *call)
-        padded_rows, padded = -(-rows // 128) * 128, -(-columns // 64) * 64
-        found = memory[: rows * padded].view(rows, padded)
-        assert torch.equal(found[:, :columns].float(), codes[0]) and not found[:, columns:].any(), (size, dtype)
-        sums = memory[-(-rows * padded // 256) * 256 :].view(torch.int32)[: 3 * padded_rows].view(3, padded_rows)[:, :rows]
-        assert torch.equal(sums[0], codes[0].sum(-1).int()) and torch.equal(sums[2], zero.expand(1, rows, 1)[0, :, 0].int())
-        assert torch.equal(sums[1].contiguous().view(torch.float32), scale.expand(1, rows, 1)[0, :, 0])
+        acts = 8, per_token, False
+        assert_quantized(quantized(emulated, x, columns, acts=acts), x, -1, acts)
+
+
+# ---------------------------------------------------------------------------
+# Producers
+
+
+def produced(kind, columns, dtype, B=1, T=4):
+    """An x (B, T, C), or (B, T, 2 C), whose third token is zero, and the Producer that it is for."""
+    x = activations(B, T, 2 * columns if kind == "gate" else columns, dtype, seed=columns)
+    x[:, 2] = 0
+    if kind == "gate":
+        return 4 * x, kernels.Producer(gated=True)
+    return x, kernels.Producer((draw(columns, seed=5) + 1).to(dtype), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["norm", "gate"])
+def test_what_a_producer_makes_is_quantized(emulated, kind, dtype):
+    """Codes, scale, zero and sums to the last bit: columns that fill no eight, no warp, a batch or two; zeros; few rows and many."""
+    for columns, T, groupsize, acts in (
+        (8, 3, -1, (8, True, False)),
+        (33, 5, -1, (8, True, False)),
+        (260, 4, -1, (6, True, True)),
+        (640, 4, 128, (8, True, False)),
+        (520, 261, 64, (8, True, True)),
+        (2304, 3, -1, (8, False, False)),
+        (10500, 40, -1, (8, True, False)),
+        (10500, 5, -1, (8, False, True)),
+        (33000, 3, -1, (8, True, False)),
+        (4160, 260, -1, (8, True, False)) if dtype == torch.float16 else (33, 260, -1, (8, False, True)),
+    ):
+        x, producer = produced(kind, columns, dtype, T=T)
+        assert_quantized(quantized(emulated, x, columns, groupsize, acts, producer), producer(x), groupsize, acts)
+
+
+@pytest.mark.parametrize("kind", ["norm", "gate"])
+@pytest.mark.parametrize("config", [name for name in cuda.CONFIGS if name != "decode_fused"])
+def test_kernels_multiply_what_a_producer_makes(emulated, config, kind):
+    """Every configuration behind each producer, per token and per sequence, with padding, whichever warp is first."""
+    for dtype, settings, order in (
+        (torch.float16, (8, True, False), (False, False)),
+        (torch.bfloat16, (8, False, False, torch.tensor([4, 2])), (True, False)),
+        (torch.float32, (8, True, True), (True, True)),
+    ):
+        x, producer = produced(kind, 200, dtype, B=2)
+        weight = prepared(250 if config == "256x128" else 104, 200)
+        y = emulate(emulated, x, weight, config, 2, *settings, *(None,) * (4 - len(settings)), *order, producer=producer)
+        assert_equal_to_op(y, x, weight, *settings, producer=producer)
+
+
+def test_products_of_a_producer_are_the_unfused(emulated):
+    """What a norm or a gate makes, quantized with it or after it: the same bits, also of rows that are not finite."""
+    for kind in ("norm", "gate"):
+        x, producer = produced(kind, 192, torch.float16)
+        x[0, 1, 7] = float("inf")
+        weight = prepared(104, 192)
+        y = emulate(emulated, x, weight, "128x16", 1, 8, True, producer=producer)
+        wanted = kernels.w4a8_linear(producer(x), weight, 8, True)
+        assert torch.equal(y[0, [0, 2, 3]], wanted[0, [0, 2, 3]]) and not y[0, 1].isfinite().any()
 
 
 def test_kernels_refuse_what_they_cannot_take(emulated):
@@ -178,6 +250,10 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         ({"steps": 0}, "steps must be 1 to 3"),
         ({"steps": 4}, "steps must be 1 to 3"),
         ({"steps": 2, "config": fused}, "quantizes as it multiplies"),
+        ({"producer": 3}, "no such producer"),
+        ({"producer": 1}, "norm is null or not aligned to 16"),
+        ({"producer": 1, "norm": memory + 8}, "norm is null or not aligned to 16"),
+        ({"producer": 2, "config": fused}, "without a norm or a gate"),
         ({"workspace": None}, "workspace"),
         ({"workspace": memory + 8}, "workspace"),
         ({"workspace_bytes": 100}, "workspace"),
@@ -252,6 +328,11 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield "one case", True
         raise RuntimeError("an illegal memory access was encountered")
 
+    def producers(library, device):
+        yield from check.every_producer(library, device, ((2, 5, 256, 64),), check.TYPES)
+
+    (made,) = check.run_checks((producers,), emulated, torch.device("cpu"))
+    assert made == {"check": "producers", "cases": 2 * 2 * 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
     first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
     assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
     assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out

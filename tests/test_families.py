@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONTEXT, CPU, TINY, WORDS, quantize, token_ids
+from conftest import CONTEXT, CPU, TINY, WORDS, decoder_blocks, quantize, token_ids
 from safetensors.torch import load_file, save_file
 from test_checkpoint import saved
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,6 +13,7 @@ from bench import family as check
 from families import FAMILIES, GPT_NEOX, LLAMA, OLMO2, PHI3, Group, never, value_rows
 from formats.whole import load
 from modelutils import check_family, decoder_of, open_decoder
+from quant import Batch, DeferredNorm, GatedMLP, replace_linears, rtn, use_integers
 from recipe import PRESETS, Recipe, UsageError
 from runtime import Place
 
@@ -59,7 +60,7 @@ def test_a_row_changes_nothing(family, variant):
     model = check.random_model(tiny_config(family, variant))
     found = dict(check.checks(model))
     assert not wrong(found.items()), found
-    assert len(found) == len(FAMILIES[family].groups) + 3
+    assert len(found) == len(FAMILIES[family].groups) + 4
     refused = FAMILIES[family].residual.obstacle(model.config)
     assert isinstance(found["rotated"], str) == bool(refused) and (refused or "") in str(found["rotated"])
     assert check.check_names(decoder_of(model)) == [], "all linears of a block are quantized"
@@ -81,6 +82,46 @@ def test_a_quantized_model_is_the_same_in_a_walk_and_as_a_whole(family):
     torch.testing.assert_close(walked, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
     assert len(layers) == 2 * len(decoder.linears) and not torch.equal(whole, before)
     assert float((whole - before).norm() / before.norm()) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_and_gates_are_those_of_the_family(family):
+    """In front of integers, transformers' own modules and what the quantizer computes in their place: but for ties the same logits."""
+    model, ids = check.random_model(tiny_config(family)).float(), token_ids(4, 24)
+    _, store, _ = quantize(model, ids, Recipe(method="rtn", wbits=4, act_bits=8, act_pertoken=True))
+    store.kernel, row = "torch", store.original.family
+    deferred = store.decoder().materialize(CPU)
+    found = [sum(isinstance(m, kind) for m in decoder_blocks(deferred)[0].modules()) for kind in (DeferredNorm, GatedMLP)]
+    assert found == [len(row.rms_norms), 1 if row.mlp else 0]
+    assert found == [2, 1] or family not in ("llama", "mistral", "qwen2", "qwen3")
+    store.original.family = replace(row, rms_norms=(), mlp="")
+    plain = store.decoder().materialize(CPU)
+    assert not any(isinstance(m, DeferredNorm | GatedMLP) for m in plain.modules())
+    with torch.no_grad():
+        logits, wanted = deferred(ids).logits, plain(ids).logits
+    assert float((logits - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_linears_with_an_in_scale_read_what_their_producer_makes():
+    """As what is divided by it is what the norm, or the gate, has made."""
+    decoder = decoder_of(check.random_model(tiny_config("llama")).float())
+    for scaled, norms, mlps in (("self_attn.q_proj", 1, 1), ("mlp.down_proj", 2, 0)):
+        block = decoder.block(0)
+        linears = replace_linears(block, decoder.linears, Batch())
+        codes = {name: rtn(linear.weight, None, Recipe(method="rtn", wbits=4), name) for name, linear in linears.items()}
+        linears[scaled].in_scale = torch.ones(linears[scaled].weight.shape[1])
+        for linear in linears.values():
+            linear.freeze((8, True, False))
+        use_integers(block, LLAMA, decoder.config, codes, "torch")
+        assert [sum(isinstance(m, kind) for m in block.modules()) for kind in (DeferredNorm, GatedMLP)] == [norms, mlps]
+
+
+def test_a_gate_of_another_function_is_not_deferred():
+    config = tiny_config("llama", {"hidden_act": "gelu"})
+    _, store, _ = quantize(check.random_model(config).float(), token_ids(1, 8), Recipe(method="rtn", wbits=4, act_bits=8))
+    store.kernel = "torch"
+    assert not any(isinstance(m, GatedMLP) for m in store.decoder().materialize(CPU).modules())
 
 
 def grouped(row, k, **changes):
@@ -110,6 +151,10 @@ def residual(row, **changes):
         ("gpt_neox", grouped(GPT_NEOX, 3, exact=lambda config: True), "mlp.dense_4h_to_h smoothed"),
         ("gpt_neox", residual(GPT_NEOX, centered=False), "rotated"),
         ("olmo2", residual(OLMO2, norms=(), obstacle=lambda config: None), "rotated"),
+        ("gemma", LLAMA, "norms and gates in the quantizer"),
+        ("phi3", replace(PHI3, mlp="mlp"), "norms and gates in the quantizer"),
+        ("stablelm", replace(FAMILIES["stablelm"], rms_norms=("input_layernorm",)), "norms and gates in the quantizer"),
+        ("llama", replace(LLAMA, mlp="feed_forward"), "mlp name feed_forward, which the model does not have"),
         ("llama", grouped(LLAMA, 0, producer="input_norm"), "groups name input_norm, which the model does not have"),
         ("llama", grouped(LLAMA, 1, linears=("self_attn.out_proj",)), "groups name self_attn.out_proj"),
         ("llama", residual(LLAMA, head="score"), "residual name score"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernels
 from quant import fake_quant_act, find_grid, from_int, to_int
@@ -200,8 +201,8 @@ class Layer(nn.Module):
 @pytest.mark.slow
 def test_op_is_one_that_pytorch_can_compile():
     weight, x = prepared(48, 100, 64), activations(2, 3, 100)
-    for per_token, lengths in ((False, torch.tensor([3, 1])), (True, None)):
-        torch.library.opcheck(torch.ops.awrq.w4a8_linear.default, (x, *weight, 8, per_token, False, lengths, None))
+    for per_token, lengths, norm in ((False, torch.tensor([3, 1]), None), (True, None, torch.ones(100))):
+        torch.library.opcheck(torch.ops.awrq.w4a8_linear.default, (x, *weight, 8, per_token, False, lengths, None, norm, 1e-5, False))
     compiled = torch.compile(Layer(weight), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), Layer(weight)(x))
     assert torch.equal(compiled(x[:, :2]), Layer(weight)(x[:, :2]))
@@ -229,6 +230,11 @@ def test_op_is_one_that_pytorch_can_compile():
         ({"lengths": torch.ones(2)}, "lengths is torch.float32"),
         ({"kernel": "triton"}, "kernel triton"),
         ({"kernel": "cuda"}, "kernel cuda, but x is on cpu"),
+        ({"producer": kernels.Producer(gated=True)}, r"x \(2, 3, 100\): must be \(B, T, 200\)"),
+        ({"producer": kernels.Producer(torch.ones(99))}, r"norm \(99,\): must be \(100,\)"),
+        ({"producer": kernels.Producer(torch.ones(100).half())}, "norm is torch.float16, must be torch.float32"),
+        ({"producer": kernels.Producer(torch.ones(100).to("meta"))}, "norm is on meta, x on cpu"),
+        ({"producer": kernels.Producer(torch.ones(100), gated=True), "x": activations(2, 3, 200)}, "norm and gated: must be one of both"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
@@ -247,9 +253,66 @@ def test_right_arguments_cost_no_message():
 
     weight = prepared(48, 100, 64)
     weight = weight._replace(**{name: Number(getattr(weight, name)) for name in ("rows", "columns", "groupsize", "layout")})
-    kernels._check(activations(2, 3, 100), weight, Number(8), torch.tensor([1, 3]), None)
+    kernels._check(activations(2, 3, 100), weight, Number(8), torch.tensor([1, 3]), None, kernels.NOTHING)
     with pytest.raises(AssertionError, match="formatted"):
-        kernels._check(activations(2, 3, 99), weight, Number(8), None, None)
+        kernels._check(activations(2, 3, 99), weight, Number(8), None, None, kernels.NOTHING)
+
+
+# ---------------------------------------------------------------------------
+# Producers
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_a_norm_is_that_of_transformers(dtype):
+    """In float32 to the last bits; in a narrower type but for an element here and there, a tie, that is rounded to the other side."""
+    for columns in (1, 7, 64, 333, 5120):
+        norm = LlamaRMSNorm(columns, 1e-5).to(dtype)
+        norm.weight.data = (draw(columns) + 1).to(dtype)
+        x = activations(2, 20, columns, dtype, seed=columns)
+        x[:, 3] = 0
+        y, wanted = kernels.rms_norm(x, norm.weight, norm.variance_epsilon), norm(x)
+        assert y.dtype == dtype and not y[:, 3].any()
+        torch.testing.assert_close(y, wanted, rtol=4 * torch.finfo(dtype).eps, atol=0)
+        assert dtype == torch.float32 or (y != wanted).float().mean() < 0.01
+
+
+def test_a_sum_of_squares_has_its_order():
+    """As the definition has it, in numpy, column by column."""
+    x = draw(5, 1000).numpy()
+    sums = [np.float32(0) for _ in range(0, 1000, 8)]
+    for i, eight in enumerate(range(0, 1000, 8)):
+        for column in range(eight, eight + 8):
+            sums[i] = sums[i] + x[:, column] * x[:, column]
+    while len(sums) > 1:
+        sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    assert np.array_equal(kernels.sum_of_squares(torch.from_numpy(x))[:, 0].numpy(), sums[0])
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_a_gate_is_that_of_transformers(dtype):
+    """In float32 to the last bits, in a narrower type equal; far out too, where it is nearly 0, and where one side is 0 or not finite."""
+    x = 20 * activations(2, 50, 400, dtype)
+    x[0, 0, :6] = torch.tensor([float("inf"), float("nan"), -200, 200, 0, -0.0])
+    gate, up = x.chunk(2, -1)
+    y, wanted = kernels.gated_silu(x), F.silu(gate) * up
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, wanted, rtol=6 * torch.finfo(dtype).eps, atol=1e-30, equal_nan=True)
+    assert dtype == torch.float32 or torch.equal(y[wanted.abs() > 1e-30], wanted[wanted.abs() > 1e-30])
+
+
+def test_an_exponential_is_right():
+    t = torch.linspace(-32, 88, 200_001)
+    wanted = t.double().exp()
+    assert ((kernels.exponential(t).double() - wanted).abs() < 3 * torch.from_numpy(np.spacing(wanted.float().numpy()))).all()
+
+
+def test_the_op_quantizes_what_a_producer_makes():
+    x = activations(2, 5, 100, torch.float16)
+    for producer in (kernels.Producer(draw(100).half(), 1e-6), kernels.Producer(gated=True)):
+        made = producer(x)
+        weight = prepared(48, made.shape[2], 24)
+        for settings in ((8, True), (6, False, True, torch.tensor([2, 5]))):
+            assert torch.equal(kernels.w4a8_linear(x, weight, *settings, producer=producer), kernels.w4a8_linear(made, weight, *settings))
 
 
 @pytest.mark.parametrize(

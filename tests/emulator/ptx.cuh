@@ -220,6 +220,7 @@ inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b
 inline float add(float a, float b) { return a + b; }  // g++ -ffp-contract=off
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
+inline float square_root(float v) { return sqrtf(v); }
 inline float bits_to_float(uint32_t v) { float f; memcpy(&f, &v, 4); return f; }
 inline uint32_t float_to_bits(float f) { uint32_t v; memcpy(&v, &f, 4); return v; }
 
