@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import decoder_blocks, quantize, tiny_model, token_ids
 from matplotlib import image
 
 from bench import checkouts, memory
-from modelutils import open_decoder
+from bench.cost import cost
+from formats.card import tensor_bytes
+from formats.checkpoint import Store
+from modelutils import decoder_of, open_decoder
+from recipe import Recipe
+from rotate import rotated
 from run.cli import parse
 from run.flags import make_parser
 
@@ -94,3 +100,26 @@ def test_each_command_of_the_comparison_is_a_run(name):
     script, *flags = checkouts.CASES[name][0].split()
     main = importlib.import_module(script.removesuffix(".py")).main
     assert parse(make_parser(*main.args, **main.keywords), flags).model.startswith("demo/")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (("llama", "grouped"), {}),
+        (("llama", "llama3"), {"rotate": True, "act_pertoken": True}),  # its head was tied
+        (("opt", "post-norm"), {"smooth": True}),  # which keeps scales to divide by
+    ],
+)
+def test_the_cost_of_a_setting_is_that_of_its_checkpoint(kind, settings, tmp_path):
+    model = tiny_model(*kind)
+    recipe = Recipe(method="smoothquant" if settings.get("smooth") else "rtn", wbits=4, rest_dtype="float16", **settings)
+    decoder = decoder_of(model)
+    decoder.stored_dtype = torch.float16
+    store = Store(rotated(decoder, recipe.seed) if recipe.rotate else decoder, recipe)
+    quantize(None, token_ids(1, 8), recipe, store=store)
+    store.save(tmp_path / "saved", None)
+    size, rest, integers, others, numbers, divisions = cost(decoder_of(model), recipe)
+    assert size == sum(tensor_bytes(tmp_path / "saved").values())
+    linears = [m for m in decoder_blocks(model).modules() if isinstance(m, torch.nn.Linear)]
+    assert integers == sum(m.weight.numel() for m in linears) and others == model.get_output_embeddings().weight.numel()
+    assert (divisions > 0) == any(name.endswith("in_scale") for name in store.blocks[0]) and numbers == 2 * (32 * 3 + 64)

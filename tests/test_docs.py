@@ -31,6 +31,7 @@ NEEDS = {
     r"python scripts/table\.py out/": "what those wrote",
     r"bash scripts/(gpu_check|speedup)\.sh|python -m bench\.(linears|quantizing|tune|check)": "a GPU",
     r"python -m kernels\.build": "nvcc; tests/test_build.py runs it",
+    r"python -m bench\.cost": "a real model; tests/test_bench_tools.py counts for others",
     r"python -m bench\.(solver|memory|predict)|python demo/train\.py|make demo-full": "minutes to an hour",
     r"pip install|make( |$)": "an installation",
     r"python -m pytest": "is the tests",
