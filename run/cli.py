@@ -2,6 +2,9 @@
 
 import argparse
 import importlib.metadata
+import os
+import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 
 from recipe import EXPORTS, METHODS, PRESETS, Recipe, UsageError
@@ -181,15 +184,28 @@ def shown(flag, value=None):
 def main(script, doc, argv=None, **defaults):
     """A script from its command line to the end.  script, doc, defaults: see make_parser; argv: None for the process's."""
     parser = make_parser(script, doc, **defaults)
-    with parser.one_line_errors():
+    with parser.one_line_errors(), processes(script) as parser.launch, parser.one_line_errors():
         run = parse(parser, argv)
         if (found := importlib.metadata.version("transformers")).partition(".")[0] != "5":  # else an import would fail in the middle
             raise UsageError(f"transformers {found} is installed, this program needs version 5: pip install -r requirements.txt")
-        quiet_libraries()
+        quiet_libraries(*[parser.launch.is_first] if parser.launch else [])
         for note in run.notes:
             print(note)
         from run.pipeline import execute  # only now: it takes seconds
 
-        failed = execute(run)
+        failed = execute(run, parser.launch)
     if failed:
         parser.exit(1, "".join(f"{parser.prog}: failed: {number}: {reason}\n" for number, reason in failed.items()))
+
+
+def processes(script):
+    """A context with the run.launch.Launch of the processes that torchrun has started, of which all but the first are silent; or None."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return nullcontext()
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what its exchanges print when a process has ended is no help
+    from run.launch import joined  # only now: it takes seconds
+
+    return joined(script)

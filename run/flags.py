@@ -15,8 +15,15 @@ from recipe import ARITHMETICS, CLIPS, DTYPES, EXPORTS, GRIDS, KERNELS, METHODS,
 class Parser(argparse.ArgumentParser):
     """One line on stderr and exit status 2 for anything wrong with the input."""
 
+    launch = None  # a run.launch.Launch: of several processes, the first that fails says why
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+    def exit(self, status=0, message=None):
+        if status and self.launch and not self.launch.speaks(status):
+            message = None
+        super().exit(status, message)
 
     @contextmanager
     def one_line_errors(self):
@@ -34,8 +41,11 @@ class Parser(argparse.ArgumentParser):
             main(args)
 
 
-def quiet_libraries():
-    """Silence the libraries, and print warnings as one line.  Raises UsageError if the installation cannot work."""
+def quiet_libraries(speaks=lambda text: True):
+    """Silence the libraries, and print warnings as one line.  Raises UsageError if the installation cannot work.
+
+    speaks(text) -> whether this process is the one that prints it.
+    """
     import transformers
     from tqdm import tqdm
     from transformers.utils import is_kernels_available
@@ -47,7 +57,7 @@ def quiet_libraries():
     transformers.logging.set_verbosity_error()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", DeprecationWarning)  # those of libraries
-    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: speaks(str(message)) and tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------

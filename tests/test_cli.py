@@ -271,7 +271,7 @@ def test_help_and_wrong_flags_import_nothing_slow(script, arguments):
     ("error", "status"), [(UsageError("a: b"), 2), (OSError("disk full"), 2), (FloatingPointError("NaN"), 2), (ValueError("zip()"), None)]
 )
 def test_what_the_user_did_is_one_line_and_our_own_bugs_are_tracebacks(error, status, monkeypatch, capsys):
-    def fail(run):
+    def fail(run, launch):
         raise error
 
     monkeypatch.setattr(run.pipeline, "execute", fail)
@@ -284,7 +284,7 @@ def test_what_the_user_did_is_one_line_and_our_own_bugs_are_tracebacks(error, st
 
 def test_warnings_in_a_run_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(run.pipeline, "execute", lambda run: warnings.warn("block 1 fc2: something", stacklevel=1))
+    monkeypatch.setattr(run.pipeline, "execute", lambda run, launch: warnings.warn("block 1 fc2: something", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         opt.main(["MODEL"])
