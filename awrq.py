@@ -48,6 +48,10 @@ class Moments(gptq.Hessian):
             gptq.add_product(self.H, half, half, s * s)
             gptq.add_product(self.M, (t / s - q).half(), half, s * s)
 
+    def reduce(self, world, owner):
+        super().reduce(world, owner)
+        world.add(self.M, owner)
+
     def finish(self):
         super().finish()
         self.M = self.M.float()

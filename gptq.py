@@ -65,6 +65,11 @@ class Hessian:
         for sequence in x:
             add_product(self.H, sequence, sequence)
 
+    def reduce(self, world, owner):
+        """Add up what the processes of a processes.World have seen, at the owner."""
+        self.sequences = world.total(self.sequences)
+        world.add(self.H, owner)
+
     def finish(self):
         """No more is added: what is twice the memory goes."""
         self.H = whole_symmetric(self.H.float())

@@ -187,11 +187,14 @@ def sequences_place(config, dtype, tokens, device, streams=1):
     return find_place(streams * tokens * config.hidden_size * dtype.itemsize, device)
 
 
-def default_walk_batch(config, seqlen, device):
-    """Sequences to run together: 8192 tokens on a GPU (fewer if their widest activations exceed a tenth of its memory), 2048 on a CPU."""
+def default_walk_batch(config, seqlen, device, most=None):
+    """Sequences to run together: 8192 tokens on a GPU (fewer if their widest activations exceed a tenth of its memory), 2048 on a CPU.
+
+    most: so many sequences at most.
+    """
     width = max(config.hidden_size, getattr(config, "ffn_dim", 0), getattr(config, "intermediate_size", 0), config.vocab_size)
-    most = 8192 if device.type == "cuda" else 2048
-    return max(1, min(most, int(total_memory(device) / 10 / (8 * width))) // seqlen)
+    tokens = min(8192 if device.type == "cuda" else 2048, int(total_memory(device) / 10 / (8 * width)))
+    return max(1, min(tokens // seqlen, most or tokens))
 
 
 # ---------------------------------------------------------------------------

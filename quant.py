@@ -118,6 +118,12 @@ class Means:
         self.seen += xq.flatten(0, -2).sum(0, dtype=torch.float64)
         self.tokens += xq.flatten(0, -2).shape[0]
 
+    def reduce(self, world, owner):
+        """Add up what the processes of a processes.World have seen, at the owner."""
+        self.tokens = world.total(self.tokens)
+        for mean in (self.target, self.seen):
+            world.add(mean, owner)
+
     def correction(self, W, Q):
         """What to add to the bias when W (R, C) becomes Q: W mean(target) - Q mean(xq), (R,) float32."""
         return ((W.double() @ self.target - Q.double() @ self.seen) / self.tokens).float()

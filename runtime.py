@@ -17,6 +17,7 @@ import weakref
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -76,9 +77,11 @@ def free_memory(device):
 
 
 def host_memory():
+    """The host's memory, `total` and `available` in bytes: where torchrun started several processes there, the share of each."""
     import psutil  # which checking and timing the kernels do without
 
-    return psutil.virtual_memory()
+    memory, processes = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return SimpleNamespace(total=memory.total // processes, available=memory.available // processes)
 
 
 def peak_bytes(device):
@@ -233,7 +236,7 @@ def versions():
 
 
 def hardware(device):
-    """The names of the hardware."""
+    """The names of the hardware, and how many threads each process has."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"device": device.type, "gpu": gpu, "machine": platform.machine(), "threads": torch.get_num_threads()}
 

@@ -20,6 +20,10 @@ class AbsMax:
         """x (B, T, C)"""
         self.max = torch.maximum(self.max, x.abs().flatten(0, -2).amax(0).float())
 
+    def reduce(self, world, owner):
+        """The largest of what the processes of a processes.World have seen, at the owner."""
+        world.largest(self.max, owner)
+
 
 def smooth_scale(act_max, weights, alpha, minimum):
     """s = max|x|^alpha / max|w|^(1 - alpha), at least `minimum`: (C,).  weights: all (R, C) that read this input together."""

@@ -19,6 +19,7 @@ from lm_eval.utils import handle_non_serializable
 
 from datautils import file_source, find_file, parse_json, read_rows
 from modelutils import check_vocabulary
+from processes import ALONE, in_turn
 from recipe import UsageError
 
 NAMES = {"storycloze": "storycloze_2018"}  # names of the paper that lm-eval uses for something else
@@ -253,12 +254,28 @@ class QuantizedLM(huggingface.HFLM):
 
     lengths = None  # (B,): tokens of each row of the batch to come; None: there is no padding
 
-    def __init__(self, model, tokenizer, batch_size=1):
-        """batch_size: a number or "auto"."""
+    def __init__(self, model, tokenizer, batch_size=1, world=ALONE):
+        """batch_size: a number or "auto"; world: the processes.World, of which each process has its share of the items."""
         own = deepcopy(tokenizer)  # lm-eval sets its pad token, and --save writes the model's
         if own.pad_token_id is None or own.pad_token_id >= model.config.vocab_size:  # lm-eval would add one that the model does not know
             own.pad_token = own.convert_ids_to_tokens(0)  # which one does not matter, as our linears know what is padding
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
+        self.world, self._rank, self._world_size = world, world.rank, world.size
+
+    # lm-eval's own exchanges, among the processes that there are
+
+    def all_gather(self, tensor):
+        return torch.stack(self.world.gather(tensor.cpu()))
+
+    def barrier(self):
+        self.world.barrier()
+
+    def gather_object(self, obj, dst=0):
+        """lm-eval's, of {task: {metric: [value of every item]}}: one such dict, its items in the order that one process has them in."""
+        found = self.world.gather(obj)
+        if self.world.rank != dst:
+            return None
+        return [{task: {metric: in_turn([part[task][metric] for part in found]) for metric in obj[task]} for task in obj}]
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.
@@ -295,13 +312,13 @@ class QuantizedLM(huggingface.HFLM):
             return super()._model_generate(context, **kwargs)
 
 
-def zero_shot(model, tokenizer, tasks, batch_size=1, **settings):
+def zero_shot(model, tokenizer, tasks, batch_size=1, world=ALONE, **settings):
     """What lm-eval finds of a materialized model on tasks (see load_tasks), with its versions and settings, ready for JSON.
 
-    batch_size: a number or "auto"; results do not depend on it.  settings: arguments of lm-eval's simple_evaluate, as num_fewshot, limit
-    and apply_chat_template.
+    batch_size: a number or "auto"; results do not depend on it.  world: the processes.World that shares the items.  settings: arguments of
+    lm-eval's simple_evaluate, as num_fewshot, limit and apply_chat_template.
     """
-    lm = QuantizedLM(model, tokenizer, batch_size)
+    lm = QuantizedLM(model, tokenizer, batch_size, world)
     if chat := settings.get("apply_chat_template"):
         lm.tokenizer.chat_template = chat_template(tokenizer, chat)  # lm-eval would name the chosen one and use the default
         settings["apply_chat_template"] = True
@@ -313,4 +330,4 @@ def zero_shot(model, tokenizer, tasks, batch_size=1, **settings):
         task_manager=task_manager(False),
         **settings,
     )
-    return json.loads(json.dumps(found, default=handle_non_serializable), parse_constant=lambda constant: None)
+    return json.loads(json.dumps(world.share(found), default=handle_non_serializable), parse_constant=lambda constant: None)

@@ -27,6 +27,7 @@ from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, skeleton
+from processes import ALONE
 from quant import from_int, replace_linears, use_integers
 from recipe import METHODS, Recipe, UsageError
 from runtime import commit, versions, write_json
@@ -145,9 +146,15 @@ class Store:
     are applied again to the original block.  Tensors outside the blocks are the original's, or those of a published folder.
     """
 
-    def __init__(self, original, recipe, folder=None):
-        """original: the unquantized Decoder.  folder: where the blocks are kept; None: in memory."""
+    def __init__(self, original, recipe, folder=None, world=ALONE, writes=None):
+        """original: the unquantized Decoder.  folder: where the blocks are kept; None: in memory.
+
+        world: the processes.World that works on it.  writes: whether this process writes into the folder, which others read as well
+        (None: the first does).
+        """
         self.original, self.recipe, self.folder = original, recipe, folder and Path(folder)
+        self.world, self.writes = world, world.first if writes is None else writes
+        self.temporary = None  # a tempfile.TemporaryDirectory that is the folder
         self.prefix, self.packs = f"{original.family.blocks}.", METHODS[recipe.method].weights is not None
         self.blocks = {}  # of each finished block {name: tensor} in memory, {name: sha256} in a folder
         self.layers = {}  # of each what is told of it, for JSON
@@ -187,9 +194,14 @@ class Store:
         if self.folder is None:
             self.blocks[i] = tensors
         else:
-            sums = write_shard(self.shard(i), {f"{self.prefix}{i}.{name}": t for name, t in tensors.items()})
+            named = {f"{self.prefix}{i}.{name}": t for name, t in tensors.items()}
+            sums = self.world.share(write_shard(self.shard(i), named) if self.writes else None)
             self.blocks[i] = {name.removeprefix(f"{self.prefix}{i}."): found for name, found in sums.items()}
         self.layers[i] = layers
+
+    def agree(self):
+        """Go on with the folder and the finished blocks that the first process has."""
+        self.folder, self.blocks, self.layers = self.world.share((self.folder, self.blocks, self.layers))
 
     def keep_tuning(self, state):
         """Save the state of tuning, {name: tensor}; only a ResumableStore does."""

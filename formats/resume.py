@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from formats.checkpoint import Store
 from formats.shards import Claim, read_json, read_shard, remove_partial, sha256, write_shard
+from processes import ALONE
 from recipe import UsageError
 from runtime import write_json
 
@@ -52,6 +53,12 @@ def run_identity(decoder, ids, recipe, device, walk_batch):
     }
 
 
+def check_shared(name, folder, world):
+    """Raises UsageError if a process does not see a folder that the first has made.  name: what a message calls it."""
+    if False in (seen := world.gather(folder.is_dir())):
+        raise UsageError(f"{name}: process {seen.index(False)} does not see it; name a folder on a file system that all machines share")
+
+
 class ResumableStore(Store):
     """A Store in a folder from which a run that was killed goes on.
 
@@ -59,22 +66,36 @@ class ResumableStore(Store):
     shard, as in a checkpoint, and block-i.json with output errors and checksums, those of the original block too, written last: without
     it the block is not finished.  inputs-i/ has what enters block i, the first unfinished one, a file for each batch.  tuning.json names
     the file that has where tuning is.
+
+    Of several processes the first writes all this but the inputs, of which each writes those of its own sequences.  run.json also has
+    their number, which may be another one when the run goes on.
     """
 
-    def __init__(self, original, recipe, folder, run):
+    def __init__(self, original, recipe, folder, run, world=ALONE):
         """run: of run_identity.  Raises UsageError, naming what differs, if the folder is of another run."""
-        super().__init__(original, recipe, folder)
+        super().__init__(original, recipe, folder, world)
+        self.entered = {}
+        if world.first:
+            self._open(run)
+        self.agree()
+        self.entered = world.share(self.entered)
+        check_shared(f"--checkpoint_dir {folder}", self.folder, world)
+
+    def _open(self, run):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.claim = Claim(self.folder, f"--checkpoint_dir {folder}")
+        self.claim = Claim(self.folder, f"--checkpoint_dir {self.folder}")
         path = self.folder / "run.json"
         if not path.exists():
             if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
-                raise UsageError(f"--checkpoint_dir {folder}: has other files in it; give it a folder of its own")
+                raise UsageError(f"--checkpoint_dir {self.folder}: has other files in it; give it a folder of its own")
             write_json(path, run)
-        if other := list(differences(read_json(path, ()), run)):
-            raise UsageError(f"--checkpoint_dir {folder}: is of another run: {abbreviate(other)}; give another folder")
+        there = read_json(path, ())
+        if other := list(differences(there | {"processes": self.world.size}, run | {"processes": self.world.size})):
+            raise UsageError(f"--checkpoint_dir {self.folder}: is of another run: {abbreviate(other)}; give another folder")
+        if there.get("processes") != self.world.size:
+            write_json(path, run | {"processes": self.world.size})
         remove_partial(self.folder, "*.partial")
-        finished = next((i for i in range(len(original)) if not self._entry(i).exists()), len(original))
+        finished = next((i for i in range(len(self.original)) if not self._entry(i).exists()), len(self.original))
         for i in tqdm(range(finished), desc="checking finished blocks", unit="block", leave=False):
             self._take_over(i)
         self._drop_inputs()  # a run can be killed between its last write and this
@@ -94,30 +115,36 @@ class ResumableStore(Store):
 
     def put(self, i, made, layers, streams):
         super().put(i, made, layers, streams)
-        entry = {"layers": layers, "tensors": self.blocks[i], "source": self.original.source.digest(i)}
-        if i + 1 < len(self.original):
-            entry["inputs"] = self._write_inputs(i + 1, streams)
-        write_json(self._entry(i), entry)
-        self._drop_inputs()
+        inputs = self._write_inputs(i + 1, streams) if i + 1 < len(self.original) else None
+        if self.writes:
+            entry = {"layers": layers, "tensors": self.blocks[i], "source": self.original.source.digest(i)}
+            write_json(self._entry(i), entry | ({"inputs": inputs} if inputs else {}))
+            self._drop_inputs()
 
     def _write_inputs(self, i, streams):
-        """Write the inputs of block i: {file: {name: sha256}}."""
-        partial = Path(f"{self._inputs(i)}.partial")
-        partial.mkdir()
-        sums = {}
+        """Write the inputs of block i: {file: {name: sha256}}, of all processes."""
+        partial, world, sums = Path(f"{self._inputs(i)}.partial"), self.world, {}
+        if self.writes:
+            partial.mkdir()
+        world.barrier()
         for k in range(len(streams[0])):
-            sums[f"{k:05}.safetensors"] = write_shard(partial / f"{k:05}.safetensors", {str(s): x[k] for s, x in enumerate(streams)})
-        partial.rename(self._inputs(i))
-        return sums
+            file = f"{world.rank + k * world.size:05}.safetensors"
+            sums[file] = write_shard(partial / file, {str(s): x[k] for s, x in enumerate(streams)})
+        sums = {file: found for part in world.gather(sums) for file, found in part.items()}
+        if self.writes:
+            partial.rename(self._inputs(i))
+        return dict(sorted(sums.items()))
 
     def restore_inputs(self, streams):
         """Load the inputs of the first unfinished block into Sequences, one for each stream."""
-        for k, (file, sums) in enumerate(self.entered.items()):
+        for k, (file, sums) in enumerate(self.world.own(list(self.entered.items()))):
             found = read_shard(self._inputs(self.finished) / file, sums)
             for s, x in enumerate(streams):
                 x[k] = found[str(s)]
 
     def keep_tuning(self, state):
+        if not self.writes:
+            return
         steps = len(state["divergence"])
         file = f"tuning-{steps:06}.safetensors"
         write_json(self.folder / "tuning.json", {"file": file, "tensors": write_shard(self.folder / file, state)})

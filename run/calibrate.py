@@ -13,15 +13,25 @@ from modelutils import Sequences
 
 
 class FirstSequences:
-    """The inputs of a linear for the first n calibration sequences (all, if there are fewer): x (B, T, C)."""
+    """The inputs of a linear for the first n calibration sequences (all, if there are fewer)."""
 
     def __init__(self, n):
-        self.n, self.x = n, None
+        self.n, self.kept = n, []  # [(B, T, C)] of each batch
 
     def add(self, x, target=None):
         """x (B, T, C)"""
-        if self.x is None or len(self.x) < self.n:
-            self.x = (x if self.x is None else torch.cat((self.x, x)))[: self.n].clone()
+        if (missing := self.n - sum(map(len, self.kept))) > 0:
+            self.kept.append(x[:missing].clone())
+
+    @property
+    def x(self):
+        """(n, T, C)"""
+        return torch.cat(self.kept)[: self.n]
+
+    def reduce(self, world, owner):
+        """The first n of all processes of a processes.World, at the owner."""
+        before = world.rank * len(self.kept[0]) if self.kept else 0  # sequences in the batches before the first one here
+        self.kept = world.collect(self.kept if before < self.n else [], owner)
 
 
 class Seen(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 from formats.checkpoint import check_packable, packed_bytes
 from formats.export import check_export
 from formats.hub import check_push
-from recipe import UsageError
+from recipe import METHODS, UsageError
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
@@ -21,6 +21,19 @@ def check_text(run):
     if place.parent == DEMO and run.data_dir is None and not all(name.startswith("hub:") for name in names):
         text = f"--data_dir {os.path.relpath(DEMO / 'data')} --calib_data world --eval world"
         raise UsageError(f"{place.name} is a demo model, with text of its own: add {text}")
+
+
+def check_sharing(run, recipe, world):
+    """Raises UsageError for what several processes cannot share."""
+    if world.size == 1:
+        return
+    if METHODS[recipe.method].stats and recipe.nsamples < world.size and not run.load:
+        raise UsageError(f"--nsamples {recipe.nsamples}: fewer sequences than the {world.size} processes; start no more than that")
+    for flag in ("benchmark", "benchmark_prefill"):
+        if getattr(run, flag):
+            raise UsageError(
+                f"--{flag}: times one process; leave it out with torchrun, and time what --save wrote with --load, without torchrun"
+            )
 
 
 def check_lengths(run, config):

@@ -1,5 +1,6 @@
 """The straight line of a run: check, open the model, read the text, quantize, measure, publish."""
 
+import tempfile
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,13 +17,14 @@ from formats.card import add_results, size_line, tensor_bytes
 from formats.checkpoint import Store, check_saved, computes_integers, load_packed_config, open_checkpoint
 from formats.export import export
 from formats.hub import push
-from formats.resume import ResumableStore, abbreviate, describe_config, differences, run_identity
+from formats.resume import ResumableStore, abbreviate, check_shared, describe_config, differences, run_identity
 from formats.shards import new_folder
 from formats.whole import chosen
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
-from recipe import Recipe, UsageError
+from processes import ALONE, World
+from recipe import METHODS, Recipe, UsageError
 from rotate import check_rotation, rotated, untying
-from run.checks import check_lengths, check_space, check_targets, check_text, check_writable
+from run.checks import check_lengths, check_sharing, check_space, check_targets, check_text, check_writable
 from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
@@ -41,25 +43,40 @@ class Subject:
     calibration: dict | None = None  # the protocol of the calibration, if it has been done
 
 
-def execute(run):
+@dataclass(frozen=True)
+class Walk:
+    """How text goes through a model."""
+
+    seqlen: int  # tokens of a window
+    batch: int  # windows that run together
+    world: World  # the processes that share the batches
+
+
+def execute(run, launch=None):
     """Do what a run.cli.Run asks for.  Raises UsageError for what is impossible, FloatingPointError for NaN or Inf.
 
-    Returns {number: reason} for tasks that failed during their evaluation.
+    launch: the run.launch.Launch of several processes.  Returns {number: reason} for tasks that failed during their evaluation.
     """
     # ---- What can be wrong is found before any long work ----
     map_large_tensors()
-    device = find_device(run.device)
+    device = find_device(launch.device(run.device) if launch else run.device)
+    world = launch.connect(device) if launch else ALONE
+    if not world.first:
+        run = replace(run, save=None, export=None, gguf_like=None, push_to_hub=None, output_path=None)  # which are the first one's
     clock = Clock(device)
     check_writable(run.output_path)
     check_text(run)
     subject = (to_evaluate if run.load else to_quantize)(run)
     recipe, tokenizer = subject.recipe, subject.tokenizer
     check_lengths(run, subject.config)
+    check_sharing(run, recipe, world)
     check_targets(run, subject)
     calibrates = recipe.method != "full" and subject.calibration is None
     check_corpora(recipe.calib_data if calibrates else None, run.corpora, run.data_dir)
     tasks = find_tasks(run, subject)
-    walk_batch = run.walk_batch or default_walk_batch(subject.config, recipe.seqlen, device)
+    most = recipe.nsamples // world.size if world.size > 1 else None  # so that each process has some
+    walk_batch = run.walk_batch or default_walk_batch(subject.config, recipe.seqlen, device, most)
+    walk = Walk(recipe.seqlen, world.share(walk_batch), world)
 
     # ---- Model and text: the headers of the weights, then all tokens ----
     with clock("loading"):
@@ -73,15 +90,16 @@ def execute(run):
     protocol["tasks"] = task_protocols(tasks, run, tokenizer)
 
     # ---- Numbers, each written as soon as it is known ----
-    record = Record(recipe, {"model": subject.model, "protocol": protocol, "walk_batch": walk_batch}, clock, run.output_path)
+    about = {"model": subject.model, "protocol": protocol, "walk_batch": walk.batch, "processes": world.size}
+    record = Record(recipe, about, clock, run.output_path)
 
     def measured(decoder):
-        return measure(run, decoder, tokenizer, texts, tasks, clock, (recipe.seqlen, walk_batch))
+        return measure(run, decoder, tokenizer, texts, tasks, clock, walk)
 
     if run.compare_full:
         record.add("full", original, measured(original))
     if not run.load and recipe.method != "full":
-        decoder, made = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk_batch)
+        decoder, made = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk)
         record.found |= made
     if run.export:
         origin = {"model": subject.model, "calibration": protocol["calibration"]}
@@ -181,7 +199,7 @@ def open_quantized(run, subject, device):
     return open_checkpoint(run.load, run.dtype, device, kernel, run.arithmetic)
 
 
-def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
+def quantize(run, decoder, subject, ids, calibration, clock, walk):
     """Quantize block by block, print the output errors of each, and write --save.  calibration: the protocol of ids.
 
     Returns the quantized Decoder, and {"layers": [Layer], "tuning": the divergence at every step of tuning, or []}.
@@ -194,13 +212,13 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
     with ExitStack() as stack:
         unfinished = stack.enter_context(new_folder(run.save)) if run.save else None
         if run.checkpoint_dir:
-            identity = run_identity(decoder, ids, recipe, clock.device, walk_batch)
-            store = ResumableStore(decoder, recipe, run.checkpoint_dir, identity)
+            identity = run_identity(decoder, ids, recipe, clock.device, walk.batch)
+            store = ResumableStore(decoder, recipe, run.checkpoint_dir, identity, walk.world)
         else:
-            store = Store(decoder, recipe, unfinished)
-        place = calibration_place(decoder, ids, recipe, clock.device)
+            store = new_store(decoder, recipe, unfinished, walk.world)
+        place = calibration_place(decoder, ids, recipe, clock.device, walk.world)
         print(f"calibration sequences are kept {place}")
-        for done in quantize_blocks(decoder, ids, recipe, store, place, walk_batch, clock):
+        for done in quantize_blocks(decoder, ids, recipe, store, place, walk.batch, clock):
             errors = (f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
             tqdm.write(f"block {done[0].block}: output errors  " + "  ".join(errors))
             layers += done
@@ -212,7 +230,23 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk_batch):
     if run.save:
         store.folder = store.folder if run.checkpoint_dir else Path(run.save)
         print(f"{run.save}: {store.size()}; {size_line(tensor_bytes(run.save), decoder.family)}")
+    if place := walk.world.share((store.folder, store.blocks) if run.save else None):
+        store.folder, store.blocks = place  # the folder that the others read has got its name
     return store.decoder(), {"layers": layers, "tuning": divergence}
+
+
+def new_store(decoder, recipe, folder, world):
+    """A Store in the folder that the first process has, or None; several processes without one need a temporary folder on each machine."""
+    if (shared := world.share(folder)) is not None:
+        check_shared(f"--save, {shared}", shared, world)
+        return Store(decoder, recipe, shared, world)
+    if world.size == 1 or METHODS[recipe.method].weights is None:
+        return Store(decoder, recipe)
+    temporary = tempfile.TemporaryDirectory(prefix="awrq-") if world.local_rank == 0 else None
+    names = world.gather(temporary and temporary.name)
+    store = Store(decoder, recipe, names[world.rank - world.local_rank], world, writes=world.local_rank == 0)
+    store.temporary = temporary  # it goes with the store
+    return store
 
 
 def tuned(store, ids, clock):
@@ -228,16 +262,16 @@ def tuned(store, ids, clock):
 def measure(run, decoder, tokenizer, texts, tasks, clock, walk):
     """Measure a Decoder.  Yields each number as soon as it is known: (kind, name, value), see run.report.Record.add.
 
-    texts: {corpus: ids (N,)}; walk: (tokens of a window, windows that run together).
+    texts: {corpus: ids (N,)}; walk: a Walk.
     """
     for name, tokens in texts.items():
         with clock("evaluation"):
-            found = perplexity(decoder, tokens, walk[0], clock.device, walk[1], name)
+            found = perplexity(decoder, tokens, walk.seqlen, clock.device, walk.batch, name, walk.world)
         yield "perplexity", name, found
     if tasks:
         model = materialized(decoder, clock)
         for task in tasks:
-            yield "tasks", *evaluate_task(run, model, tokenizer, task, clock)
+            yield "tasks", *evaluate_task(run, model, tokenizer, task, clock, walk.world)
         del model
     if run.benchmark or run.benchmark_prefill:
         decoder, first = generating(decoder, run.arithmetic, clock.device), next(iter(texts.values()))
@@ -260,15 +294,20 @@ def materialized(decoder, clock):
         return decoder.materialize(clock.device)
 
 
-def evaluate_task(run, model, tokenizer, task, clock):
-    """(name, what zero_shot finds of a task or group, or the exception that it raises: the others can still be had)."""
+def evaluate_task(run, model, tokenizer, task, clock, world):
+    """(name, what zero_shot finds of a task or group, or the exception that it raises: the others can still be had).
+
+    Where several processes share the items, the exception is raised: others would wait for what this one has to give.
+    """
     from evaluation.zeroshot import zero_shot
 
     name = getattr(task, "task_name", None) or task.name
     try:
         with clock("tasks"):
-            found = zero_shot(model, tokenizer, [task], run.batch_size, **task_settings(run))
+            found = zero_shot(model, tokenizer, [task], run.batch_size, world, **task_settings(run))
     except Exception as error:  # whatever the task's own code, its rows or lm-eval raise
+        if world.size > 1:
+            raise
         if not isinstance(error, UsageError | FloatingPointError):
             traceback.print_exc()
         found = error

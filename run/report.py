@@ -19,9 +19,9 @@ SCHEMA = 1
 def report(recipe, decoder, found, clock):
     """Everything about a run, ready for JSON.
 
-    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "results", "full", "layers", "tuning", "failed"}, where
-    "full" are the results of the unquantized model, or None, "tuning" the divergence of every step, and "failed" {number: why it is not
-    there}.
+    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "processes", "results", "full", "layers", "tuning",
+    "failed"}, where "full" are the results of the unquantized model, or None, "tuning" the divergence of every step, and "failed" {number:
+    why it is not there}.
     """
     protocol = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -43,7 +43,7 @@ def report(recipe, decoder, found, clock):
         "peak_bytes": peak_bytes(clock.device),
         "versions": versions(),
         "commit": commit(),
-        "hardware": hardware(clock.device),
+        "hardware": hardware(clock.device) | {"processes": found["processes"]},
     }
 
 

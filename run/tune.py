@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modelutils import Decoder, run_block, sequences_place, skeleton
+from processes import ALONE
 from quant import fake_quant_act
 from runtime import free_memory
 
@@ -140,17 +141,19 @@ def plan(n, steps, seed):
 def tune(store, ids, device):
     """Tune the blocks of a finished Store by its recipe: the mean divergence of every step, in nats.
 
-    ids (n, T): the calibration sequences.  The result is in store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
+    ids (n, T): the calibration sequences; the processes of the store's world share the SEQUENCES of each step.  The result is in
+    store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
     """
-    steps = plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
+    world, steps = store.world, plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
     student = Student(store, device, ids.shape[1])
     optimizer = Optimizer(student.parameters, len(steps))
     found = optimizer.restore(store.tuning())
     if len(found) < len(steps):
-        teacher = Teacher(store.original, ids, device)
+        needed = sorted({k for numbers in steps[len(found) :] for k in world.own(numbers)})
+        teacher = Teacher(store.original, ids[needed], device) if needed else None  # there are more processes than SEQUENCES
         for numbers in (bar := tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))):
-            lost = sum(student.divergence(*teacher.sequence(k)) for k in numbers) / len(numbers)
-            optimizer.step(len(found), len(numbers))
+            lost = world.total(sum(student.divergence(*teacher.sequence(needed.index(k))) for k in world.own(numbers))) / len(numbers)
+            optimizer.step(len(found), len(numbers), world)
             found.append(lost)
             bar.set_postfix_str(f"divergence {lost:.4f}")
             if len(found) % KEEP_EVERY == 0 or len(found) == len(steps):
@@ -169,12 +172,17 @@ class Optimizer:
         self.rates = {name: RATE * p.detach().square().mean().sqrt().item() for name, p in parameters.items()}
         self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS)
 
-    def step(self, s, sequences):
-        """Step s, by the mean of the gradients of so many sequences."""
+    def step(self, s, sequences, world=ALONE):
+        """Step s, by the mean of the gradients of so many sequences, those of other processes among them."""
         for group, rate in zip(self.adam.param_groups, self.rates.values(), strict=True):
             group["lr"] = rate * (1 + math.cos(math.pi * s / self.steps)) / 2
         for p in self.parameters.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad / sequences
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = torch.cat([p.grad.flatten() for p in self.parameters.values()])
+        world.add(gradients)
+        parts = gradients.div_(sequences).split([p.numel() for p in self.parameters.values()])
+        for p, gradient in zip(self.parameters.values(), parts, strict=True):
+            p.grad = gradient.view_as(p)
         self.adam.step()
         self.adam.zero_grad()
 

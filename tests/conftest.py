@@ -5,16 +5,20 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
 from copy import deepcopy
+from functools import partial
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # what a lost process makes torch print is tested in no test
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything imports the hub's client
 
 import emulation
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -22,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from families import FAMILIES
 from formats.checkpoint import Store
 from modelutils import decoder_of
+from processes import World
 from recipe import Recipe
 from rotate import rotated
 from run import cli
@@ -150,18 +155,45 @@ def quantize(model, ids, recipe, walk_batch=1, store=None):
 
 def in_child(action):
     """Run action() in a fork of this process: what os.waitpid says of it."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            torch.set_num_threads(1)  # a fork has no other threads
-            action()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
+    return forked([action])[0]
+
+
+def in_fork(action):
+    """The exit status of action(), in a process that has no other threads."""
+    try:
+        torch.set_num_threads(1)
+        action()
+    except SystemExit as e:
+        return e.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def forked(actions, seconds=120):
+    """Run every action() in a fork of this process, side by side: [what os.waitpid says of it].  SIGALRM ends what takes too long."""
+    children = []
+    for action in actions:
+        child = os.fork()
+        if not child:
+            signal.alarm(seconds)
+            os._exit(in_fork(action))
+        children.append(child)
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def in_world(size, action, folder, device=CPU):
+    """[action(world) of each of `size` processes]: anything that torch.save and torch.load take."""
+    folder.mkdir()
+
+    def work(rank):
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=size)
+        torch.save(action(World(rank, size, device)), folder / f"{rank}.pt")
+        dist.barrier()
+
+    assert forked([partial(work, rank) for rank in range(size)]) == [0] * size
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
 class FinishedBlocks(Store):

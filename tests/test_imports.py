@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # a room may import those above it; a folder is a room, but for formats/, whose files lie on several floors
     ("recipe", "families"),
-    ("kernels", "datautils", "runtime"),
+    ("kernels", "datautils", "runtime", "processes"),
     ("quant", "formats.shards", "formats.names", "formats.card", "formats.hub"),
     ("gptq", "smoothquant", "formats.original", "formats.codes"),
     ("awrq", "modelutils"),
@@ -27,6 +27,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 RUN_ORDER = (
     "flags",
     "settings",
+    "launch",
     "cli",
     "calibrate",
     "quantize",

@@ -17,7 +17,7 @@ import run.quantize
 from families import FAMILIES
 from formats.resume import ResumableStore, run_identity
 from modelutils import decoder_of
-from quant import Means, QuantLinear, fake_quant_act, find_grid, from_int, rtn
+from quant import Grid, Means, QuantLinear, fake_quant_act, find_grid, from_int, rtn
 from recipe import METHODS, PRESETS, Recipe
 from rotate import rotated
 from run.calibrate import Stream
@@ -182,7 +182,8 @@ def test_the_stream_is_the_unquantized_model(monkeypatch, model, walk_batch):
 @pytest.mark.slow
 def test_true_sequence_and_smoothing_change_no_function_before_rounding(monkeypatch, model):
     before = logits(model)
-    monkeypatch.setattr(BlockQuantizer, "round_group", lambda self, g, _: {n: (self.linears[n].weight.data, None) for n in g.linears})
+    grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 4, -1)
+    monkeypatch.setattr(BlockQuantizer, "round_group", lambda self, g, _: {n: (self.linears[n].weight.data, grid) for n in g.linears})
     monkeypatch.setattr(run.quantize, "from_int", lambda W, _: W)
     recipe = Recipe(method="awrq", wbits=4, act_bits=16, smooth=True, true_sequential=True, target="stream", bias_correction=True)
     store = FinishedBlocks(decoder_of(model), recipe)

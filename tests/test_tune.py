@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_with_tuning(tmp_path, monkeypatch):
 
         def once(state):
             keep(state)
-            raise SystemExit
+            raise SystemExit(1)
 
         store.keep_tuning = once
         tune(store, IDS, CPU)
