@@ -3,11 +3,13 @@
 #                         if a model has no result yet and ends with status 2, it cannot be had as asked: its other cells are left out, and
 #                         the script stops if no model has one.
 #   finish                prints the table; names the failed cells, exit status 1 if there are any
-# Variables: OUT, MODEL_PREFIX, PYTHON.  `flags`: what the user adds to every run.
+# Variables: OUT, MODEL_PREFIX, PYTHON, NPROC: processes of each run (default 1).  `flags`: what the user adds to every run.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." > /dev/null && pwd)
 results=${OUT:-$root/out}
 [[ -x $root/.venv/bin/python ]] && PYTHON=${PYTHON:-$root/.venv/bin/python}  # that of make
 PYTHON=${PYTHON:-python}
+start=("$PYTHON")
+[[ ${NPROC:-1} == 1 ]] || start+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 flags=("$@")
 failed="" lost="" table_flags=${table_flags-}
 
@@ -31,8 +33,9 @@ cell() {
     fi
     echo "== $model $name"
     local status=0
-    "$PYTHON" "$root/$script" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 $always \
+    "${start[@]}" "$root/$script" "$MODEL_PREFIX$model" --calib_data c4 --nsamples 128 --seqlen 2048 --seed 0 $always \
         "$@" ${flags[@]+"${flags[@]}"} --output_path "$json" || status=$?
+    [[ ${#start[@]} == 1 || $status != 1 ]] || status=2  # torchrun ends with 1, whatever a process ended with
     if [[ $status == 2 ]] && ! results_of "${model##*/}"; then
         echo "$table.sh: $model cannot be had as asked" >&2
         results_of '*' || exit 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 import main
 import opt
@@ -27,12 +28,13 @@ NEEDS = {
     r"python main\.py --load DIR": "a saved folder; tests/test_saving.py loads them",
     r"python opt\.py --load models/opt-125m": "the hub: a model saved from it",
     r"python scripts/(real_model|massive|compare_export|compare_llmcompressor)\.py": "a real model, text and minutes",
-    r"bash scripts/(opt|llama|ablation)\.sh|MODELS=|make real": "models, text and hours",
+    r"bash scripts/(opt|llama|ablation)\.sh|MODELS=|NPROC=|make real": "models, text and hours",
+    r"torchrun ": "GPUs or minutes; tests/test_processes.py starts it",
     r"python scripts/table\.py out/": "what those wrote",
     r"bash scripts/(gpu_check|speedup)\.sh|python -m bench\.(linears|quantizing|tune|check)": "a GPU",
     r"python -m kernels\.build": "nvcc; tests/test_build.py runs it",
     r"python -m bench\.cost": "a real model; tests/test_bench_tools.py counts for others",
-    r"python -m bench\.(solver|memory|predict)|python demo/train\.py|make demo-full": "minutes to an hour",
+    r"python -m bench\.(solver|memory|predict|processes)|python demo/train\.py|make demo-full": "minutes to an hour",
     r"pip install|make( |$)": "an installation",
     r"python -m pytest": "is the tests",
     r"lm_eval ": "an exported model; tests/test_export.py loads one, tests/test_demo.py runs these tasks",
@@ -101,6 +103,10 @@ def test_a_command_of_the_docs_parses(page, line, monkeypatch):
     words = shlex.split(line)
     variables = [words.pop(0).split("=")[0] for _ in list(words) if re.match(r"[A-Z_]+=", words[0])]
     program, *rest = words
+    if program == "torchrun":
+        at = next(i for i, word in enumerate(rest) if word in SCRIPTS)
+        torch.distributed.run.get_args_parser().parse_args(rest[: at + 1])
+        program, rest = "python", rest[at:]
     if program == "python" and rest[0] in SCRIPTS:
         parse_script(SCRIPTS[rest[0]], rest[1:])
     elif rest[:2] == ["-m", "pytest"]:
