@@ -185,7 +185,7 @@ class BlockQuantizer:
                 owners = self.owners(step)
                 with self.clock("statistics"):
                     sample, stats, means = self.observed(step, stream, owners)
-                with self.clock("solving"):
+                with self.clock("solving" if self.method.weights else "statistics"):
                     found = {g: self.solve(g, stats.pop(g, None), means.get(g), sample[g]) for g in sample}
                     for g in step:
                         self.install(g, self.world.broadcast(found.pop(g, None), owners[g]))

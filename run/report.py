@@ -43,7 +43,7 @@ def report(recipe, decoder, found, clock):
         "peak_bytes": peak_bytes(clock.device),
         "versions": versions(),
         "commit": commit(),
-        "hardware": hardware(clock.device) | {"processes": found["processes"]},
+        "hardware": hardware(clock.device) | {"processes": found.get("processes", 1)},
     }
 
 

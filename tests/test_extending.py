@@ -56,7 +56,7 @@ def run(folder, command):
 
 def test_a_method(copy):
     added, (command,) = follow(copy, "A method")
-    assert added == 22 + 2, "the file and two rows"
+    assert added == 26 + 2, "the file and two rows"
     status, out, err = run(copy, command + " --save saved")
     assert status == 0 and re.search(r"world, imatrix W3A8: perplexity \d\.", out), err
     status, again, err = run(copy, "python opt.py --load saved --data_dir demo/data --eval world --seqlen 256 --kernel torch")
