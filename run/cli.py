@@ -200,7 +200,7 @@ def main(script, doc, argv=None, **defaults):
 
 def processes(script):
     """A context with the run.launch.Launch of the processes that torchrun has started, of which all but the first are silent; or None."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "LOCAL_RANK" not in os.environ:  # clusters set the first of these without torchrun
         return nullcontext()
     if os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
