@@ -1,6 +1,9 @@
 """What measures whole runs: peaks of memory belong to the run alone, two checkouts are compared by all they give."""
 
 import importlib
+import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,12 +12,12 @@ import torch
 from conftest import decoder_blocks, quantize, tiny_model, token_ids
 from matplotlib import image
 
-from bench import checkouts, memory
+from bench import checkouts, memory, processes
 from bench.cost import cost
 from formats.card import tensor_bytes
 from formats.checkpoint import Store
 from modelutils import decoder_of, open_decoder
-from recipe import Recipe
+from recipe import Recipe, UsageError
 from rotate import rotated
 from run.cli import parse
 from run.flags import make_parser
@@ -123,3 +126,42 @@ def test_the_cost_of_a_setting_is_that_of_its_checkpoint(kind, settings, tmp_pat
     linears = [m for m in decoder_blocks(model).modules() if isinstance(m, torch.nn.Linear)]
     assert integers == sum(m.weight.numel() for m in linears) and others == model.get_output_embeddings().weight.numel()
     assert (divisions > 0) == any(name.endswith("in_scale") for name in store.blocks[0]) and numbers == 2 * (32 * 3 + 64)
+
+
+def test_what_processes_gain_by_calculation(capsys):
+    """The table of docs/processes.md, and what must hold of it."""
+    processes.main(processes.parser().parse_args(["--calculate", "llama-65b", "--counts", "1,2,4,8"]))
+    rows = {
+        cells[1]: cells[2:6] for cells in (re.split(r"\s*\|\s*", line) for line in capsys.readouterr().out.splitlines()) if len(cells) > 5
+    }
+    page = (ROOT / "docs/processes.md").read_text()
+    for name in ("reads", "statistics", "reduction", "solve", "propagation"):
+        assert f"| {name} | {' | '.join(rows[name])} |" in page
+    one, many = processes.calculated("llama-65b", 1), processes.calculated("llama-65b", 8)
+    assert one["statistics"] == pytest.approx(8 * many["statistics"]) and one["reduction"] == 0 < many["reduction"]
+    largest = processes.solve_operations(8192, 22016) / processes.A100["float"]
+    assert many["solve"] == pytest.approx(largest)
+
+
+def test_what_processes_gain_measured(tmp_path, monkeypatch, capsys):
+    """Each number of processes in turn, the least time of all rounds, by what a run reports; a failed run is an error."""
+    calls, times = [], iter([8.0, 5.0, 6.0, 3.0])
+
+    def run(command, **kwargs):
+        calls.append(command)
+        seconds = {"loading": 100, "statistics": next(times), "solving": 1, "evaluation": 2}
+        Path(command[-1]).write_text(json.dumps({"seconds": seconds}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(processes.subprocess, "run", run)
+    processes.main(processes.parser().parse_args(["--rounds", "2", "opt.py", "demo/opt", "--method", "awrq"]))
+    assert [("--nproc_per_node" in call) for call in calls] == [False, True, False, True]
+    assert all(call[-5:-2] == ["demo/opt", "--method", "awrq"] for call in calls)
+    out = capsys.readouterr().out
+    assert re.search(r"quantizing \| +1 \| +7.0 \| +1.00", out) and re.search(r"quantizing \| +2 \| +4.0 \| +1.75", out)
+    failed = subprocess.CompletedProcess([], 2, "", "opt.py: error: no such model")
+    monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UsageError, match="2 processes failed: opt.py: error: no such model"):
+        processes.timed("opt.py", [], 2)
+    with pytest.raises(UsageError, match="give a script"):
+        processes.main(processes.parser().parse_args([]))
