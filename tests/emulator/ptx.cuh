@@ -136,7 +136,11 @@ inline void run_block(int threads) {
   }
   for (bool done = false; !done;) {
     int before = events;
-    for (int w = 0; w < threads / 32; ++w) run_warp(reversed ? threads / 32 - 1 - w : w);
+    for (int w = 0; w < threads / 32; ++w) {
+      int last = events;
+      run_warp(reversed ? threads / 32 - 1 - w : w);
+      if (events != last) w = -1;  // the first warps run ahead of the last as far as they can
+    }
     done = true;
     for (const Fiber& fiber : fibers) done = done && fiber.done;
     if (!done && events == before) fail("threads wait for each other for ever");
