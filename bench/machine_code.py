@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipe import UsageError
@@ -19,6 +19,7 @@ REGISTERS, SHARED_BYTES, THREADS = 65536, 164 * 1024, 2048  # of a multiprocesso
 BLOCK_OVERHEAD = 1024  # bytes of shared memory that each block loses
 KINDS = {  # what an instruction keeps busy, by its name's first part
     "tensor": {"IMMA"},
+    "wgmma": {"IGMMA"},
     "barrier": {"BAR"},
     "memory": {"LDS", "LDSM", "LDGSTS", "STS"},
     "fma": {"IMAD", "FFMA", "FADD", "FMUL", "HADD2"},
@@ -29,6 +30,8 @@ KIND = {name: kind for kind, names in KINDS.items() for name in names}
 LATENCY = {"LDS": 24, "LDSM": 28, "LDGSTS": 30, "STS": 24}
 INTERVAL = {"alu": 2, "fma": 2, "memory": 2}
 TENSOR_INTERVAL = {80: 8, 90: 6}  # of IMMA.16832, as ptxas itself spaces them
+# Of IGMMA.64x128x32, a warp's quarter: its tensor core, by the data sheet's rate, and shared memory, which it reads 4 KB of for four warps.
+WGMMA_INTERVAL, WGMMA_SHARED = 64, 8
 WAVEFRONT = 4  # cycles of the pipe to shared memory for 512 bytes
 READ, ARRIVAL, BARRIER = 12, 4, 12
 OTHER_BLOCK = 137  # cycles by which blocks are apart at first
@@ -46,6 +49,12 @@ class Instruction:
     @property
     def name(self):
         return re.sub(r"^@!?U?P[T\d]\s+", "", self.text).split()[0].split(".")[0].rstrip(",")
+
+    @property
+    def pending(self):
+        """How many groups of wgmma may be running on behind a wait for them; None if it is none."""
+        found = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", self.text)
+        return found and int(found[1])
 
     @property
     def kind(self):
@@ -130,6 +139,7 @@ class Warp:
     at: int = 0
     rounds: int = 0
     waits: bool = False  # at the barrier
+    groups: list = field(default_factory=list)  # cycles at which groups of wgmma end
 
     def ready(self, cycle, waits):
         if self.waits or self.next > cycle:
@@ -146,17 +156,19 @@ class Replay:
 def replay(loop, warps, blocks, arch, rounds=30):
     """Replay a loop by `blocks` blocks of `warps` warps on one multiprocessor of an architecture, 80 or 90."""
     program = [(i.kind, i.name, max(1, i.stall), i.written, i.read, i.waits) for i in loop]
+    group_ends, pending = ["gsb0" in i.text and i.kind == "wgmma" for i in loop], [i.pending for i in loop]
     interval = INTERVAL | {"tensor": TENSOR_INTERVAL[arch]}
     all_warps = [Warp(w // warps, w // warps * OTHER_BLOCK, [0] * (NONE + 1)) for w in range(warps * blocks)]
     queues = [[w for i, w in enumerate(all_warps) if i % warps % 4 == s] for s in range(4)]
     free = [dict.fromkeys((*interval, "barrier", "other"), 0) for _ in range(4)]
     arrived = [[] for _ in range(blocks)]
+    wgmma_free = [0] * 4
     cycle = shared_free = 0
     marks, left = [], len(all_warps)
     while left:
-        for queue, pipes in zip(queues, free, strict=True):
+        for scheduler, (queue, pipes) in enumerate(zip(queues, free, strict=True)):
             turn = next(
-                (k for k, w in enumerate(queue) if w.ready(cycle, program[w.at][5]) and pipes[program[w.at][0]] <= cycle),
+                (k for k, w in enumerate(queue) if w.ready(cycle, program[w.at][5]) and pipes.get(program[w.at][0], 0) <= cycle),
                 None,
             )
             if turn is None:
@@ -171,7 +183,16 @@ def replay(loop, warps, blocks, arch, rounds=30):
                 shared_free = start + WAVEFRONT
                 warp.scoreboards[written] = max(warp.scoreboards[written], start + LATENCY[name])
                 warp.scoreboards[read] = max(warp.scoreboards[read], cycle + READ)
+            if kind == "wgmma":  # goes on by itself
+                shared_free = max(shared_free, cycle) + WGMMA_SHARED
+                wgmma_free[scheduler] = max(wgmma_free[scheduler], cycle) + WGMMA_INTERVAL
+                if group_ends[warp.at]:
+                    warp.groups.append(wgmma_free[scheduler])
             warp.next = cycle + stall
+            if pending[warp.at] is not None:
+                done = warp.groups[: len(warp.groups) - pending[warp.at]]
+                warp.next = max(warp.next, *done, 0)
+                del warp.groups[: len(done)]
             warp.at += 1
             if kind == "barrier":
                 waiting = arrived[warp.block]
@@ -190,5 +211,5 @@ def replay(loop, warps, blocks, arch, rounds=30):
                     left -= 1
         cycle += 1
     cycles = (marks[-5] - marks[5]) / (len(marks) - 10)
-    products = sum(kind == "tensor" for kind, *_ in program)
-    return Replay(cycles, len(all_warps) / 4 * products * TENSOR_INTERVAL[arch] / cycles)
+    busy = sum({"tensor": TENSOR_INTERVAL[arch], "wgmma": WGMMA_INTERVAL}.get(kind, 0) for kind, *_ in program)
+    return Replay(cycles, len(all_warps) / 4 * busy / cycles)

@@ -85,6 +85,10 @@ def read_code(arch):
             fit = machine_code.blocks_that_fit(kernel.registers, 32 * warps, shared_bytes)
             found = [machine_code.replay(loop, warps, blocks, arch) for blocks in range(1, fit + 1)]
             cycles[f"{n}x{m}"], shares[f"{n}x{m}"] = [replayed.cycles / steps for replayed in found], found[-1].tensor
+        elif "warpgroup_kernel" in kernel.name:
+            loop = min(kernel.loops("IGMMA"), key=len)  # around it is one that waits for copies
+            found = machine_code.replay(loop, 8, 1, arch)
+            cycles["wgmma256x128"], shares["wgmma256x128"] = [found.cycles / 2], found.tensor  # 128 columns a round
     return Code(cuda.bind(library), cycles, shares, decoders)
 
 
@@ -314,7 +318,7 @@ def main(args):
         code = read_code(gpu.arch)
         print(f"\n{gpu.product}, {'the fastest kernels of this model' if args.best else 'the kernels that would run'}")
         loops = "  ".join(f"{config} {share:.0%}" for config, share in code.shares.items())
-        print(f"main loops, share of the rate of mma.sync: {loops}")
+        print(f"main loops, share of the rate of mma.sync, or of wgmma: {loops}")
         print(*table(gpu, code, models, args.tokens, choose), sep="\n")
         print(f"{'linears of a block':24}" + "".join(f"{M:8}" for M in args.tokens))
         for model in models:

@@ -301,6 +301,15 @@ def test_main_loops_keep_the_tensor_cores_busy(compiled, arch, least, monkeypatc
     if arch == 80:
         found = {M: predict.block_speedup(predict.GPUS["a100-40"], code, "llama-13b", M, predict.chosen) for M in (1, 16, 64, 512, 2048)}
         assert all(found[M] > wanted for M, wanted in {1: 3.6, 16: 3.2, 64: 3.0, 512: 1.75, 2048: 1.75}.items()), found
+    instruction = machine_code.Instruction
+    wait = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x1", 2, 7, 7, 0)  # for all groups but the last
+    products = [instruction(f"IGMMA.64x128x32.U8.U8 R{r}, R8, gdesc[UR4], R{r}{end}", 1, 7, 7, 0) for r, end in ((24, ""), (88, ", gsb0"))]
+    assert [i.pending for i in (wait, *products)] == [1, None, None] and [i.kind for i in products] == ["wgmma"] * 2
+    busy = machine_code.replay([*products, wait], 8, 1, 90)  # two warps on each tensor core
+    assert busy.cycles == 2 * 2 * machine_code.WGMMA_INTERVAL and busy.tensor == 1
+    for_all = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2, 7, 7, 0)
+    drained = machine_code.replay([*products, for_all, instruction("NOP", 15, 7, 7, 0)], 4, 1, 90)
+    assert drained.cycles == 2 * machine_code.WGMMA_INTERVAL + 15
 
 
 def test_predictions_are_marked_as_such(monkeypatch, capsys):
