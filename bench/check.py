@@ -13,7 +13,7 @@ import torch
 import kernels
 from bench.shapes import LAYERS
 from bench.timing import about
-from bench.tune import SPLITS, random_weight
+from bench.tune import SPLITS, equal, random_weight
 from kernels import build, cuda
 from recipe import UsageError
 from runtime import write_json
@@ -55,14 +55,6 @@ def random_producers(columns, dtype):
     """{name: (how wide x is, Producer)} on the CPU."""
     norm = torch.randn(columns, generator=torch.Generator().manual_seed(columns)) + 1
     return {"norm": (columns, kernels.Producer(norm.to(dtype), 1e-5)), "gate": (2 * columns, kernels.Producer(gated=True))}
-
-
-def equal(y, wanted, weight):
-    """Bit for bit where one scale goes for a whole row; else within the rounding of float32 sums, which may be fused and split."""
-    if weight.groupsize == weight.columns:
-        return torch.equal(y, wanted)
-    y, wanted, eps = y.float(), wanted.float(), torch.finfo(wanted.dtype).eps
-    return bool(((y - wanted).abs() <= 2 * eps * wanted.abs() + 4 * 2**-24 * wanted.abs().amax()).all())
 
 
 # ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from bench import shapes, tune
 from kernels import cuda
@@ -66,6 +67,16 @@ def test_tuning_table_says_what_was_measured(monkeypatch):
     for name, table in tables.items():
         for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
             assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name
+
+
+def test_tuning_leaves_out_what_is_wrong(monkeypatch, capsys):
+    weight = tune.random_weight(128, 64)
+    right = torch.ones(1, 2, 128)
+    monkeypatch.setattr(tune, "run", lambda library, x, weight, config, parts: -right if config == "wrong" else right.clone())
+    found = [("128x16", 1), ("wrong", 2), ("128x32", 3)]
+    assert list(tune.agreeing(None, torch.zeros(1, 2, 64), weight, found)) == [found[0], found[2]]
+    assert capsys.readouterr().out == "wrong / 2 left out: WRONG for (1, 2, 64) x 128 rows; see bench.check\n"
+    assert list(tune.agreeing(None, torch.zeros(1, 2, 64), weight, [])) == []
 
 
 def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):
