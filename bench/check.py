@@ -1,4 +1,4 @@
-"""Check the CUDA kernels on this GPU, bit for bit: python -m bench.check [--small] [--output_path FILE]
+"""Check the CUDA kernels on this GPU, bit for bit: python -m bench.check [--small | --wgmma] [--output_path FILE]
 
 Kernels are held to the op in PyTorch, on the CPU for small shapes and on the GPU for real ones.  scripts/gpu_check.sh runs this with
 compute-sanitizer as well.  Exit status 1 if anything differs.
@@ -20,6 +20,8 @@ from runtime import write_json
 
 TYPES = (torch.float16, torch.bfloat16)
 GROUPS = (-1, 128, 64)
+WGMMA = ("wgmma256x128",)  # a process of their own: whatever they do to the GPU, the others are still checked
+CONFIGS = tuple(config for config in cuda.CONFIGS if config not in WGMMA)
 SHAPES = (  # sequences, tokens of each, rows, columns
     (2, 5, 104, 256),
     (1, 3, 33, 200),
@@ -61,11 +63,15 @@ def random_producers(columns, dtype):
 # Checks: each yields (what, whether it is right)
 
 
-def every_configuration(library, device, shapes=SHAPES, types=(*TYPES, torch.float32), splits=SPLITS):
+def every_configuration(library, device, shapes=SHAPES, types=(*TYPES, torch.float32), splits=SPLITS, configs=CONFIGS):
     """All kernels, split and not, of any type, on shapes that need padding, with and without lengths."""
-    for config in cuda.CONFIGS:
+    for config in configs:
         for B, T, rows, columns in shapes:
             for groupsize in GROUPS:
+                size = columns if groupsize == -1 else min(groupsize, columns)
+                taken = [parts for parts in splits if cuda.takes(library, config, parts, B * T, rows, columns, size)]
+                if not taken:
+                    continue
                 weight = random_weight(rows, columns, groupsize)
                 on_device = weight.to(device)
                 for i, dtype in enumerate(types):
@@ -74,11 +80,10 @@ def every_configuration(library, device, shapes=SHAPES, types=(*TYPES, torch.flo
                     for per_token, sym, lengths in ((False, False, None), (True, False, None), (True, True, None), (False, False, some)):
                         acts = (8 - i, per_token, sym)
                         wanted = kernels.w4a8_linear(x, weight, *acts, lengths)
-                        for parts in splits:
-                            if cuda.takes(library, config, parts, B * T, rows, columns, weight.groupsize):
-                                settings = (acts, None if lengths is None else lengths.to(device))
-                                y = poisoned(library, x.to(device), on_device, config, parts, settings)
-                                yield f"{config} / {parts}, {B}x{T}, {rows}x{columns} g{groupsize}, {dtype}", equal(y.cpu(), wanted, weight)
+                        for parts in taken:
+                            settings = (acts, None if lengths is None else lengths.to(device))
+                            y = poisoned(library, x.to(device), on_device, config, parts, settings)
+                            yield f"{config} / {parts}, {B}x{T}, {rows}x{columns} g{groupsize}, {dtype}", equal(y.cpu(), wanted, weight)
 
 
 def a_few_configurations(library, device):
@@ -108,9 +113,12 @@ def every_layer(library, device):
                 yield f"{rows}x{columns} g{groupsize}, {tokens} tokens", equal(kernels.w4a8_linear(x, weight), wanted, weight)
 
 
-def every_producer(library, device, shapes=(*SHAPES, (1, 3, 128, 33000), (1, 300, 128, 5120)), types=(*TYPES, torch.float32)):
+PRODUCED = (*SHAPES, (1, 3, 128, 33000), (1, 300, 128, 5120))
+
+
+def every_producer(library, device, shapes=PRODUCED, types=(*TYPES, torch.float32), configs=CONFIGS):
     """A norm and a gate in the pass that quantizes, and in PyTorch on the GPU: as PyTorch has them on the CPU."""
-    configs = [config for config in cuda.CONFIGS if config != "decode_fused"]
+    configs = [config for config in configs if config != "decode_fused"]
     for B, T, rows, columns in shapes:
         weight = random_weight(rows, columns)
         on_device = weight.to(device)
@@ -135,13 +143,14 @@ def a_few_producers(library, device):
     yield from every_producer(library, device, SHAPES[:4], TYPES[:1])
 
 
-def largest_sums(library, device):
+def largest_sums(library, device, configs=CONFIGS):
     """36,864 columns, all codes at their largest: the kernels' sums pass 2^31."""
-    q, x = torch.full((32, 36864), 15, dtype=torch.uint8), torch.full((1, 17, 36864), 255.0)
-    weight = kernels.prepare(q, torch.ones(32, 1), torch.zeros(32, 1)).to(device)
-    for config in cuda.CONFIGS:
+    rows = 160  # padded to 256, as the widest tiles want
+    q, x = torch.full((rows, 36864), 15, dtype=torch.uint8), torch.full((1, 17, 36864), 255.0)
+    weight = kernels.prepare(q, torch.ones(rows, 1), torch.zeros(rows, 1)).to(device)
+    for config in configs:
         tokens = 1 if config.startswith("decode") else 17
-        if cuda.takes(library, config, 1, tokens, 32, 36864, 36864):
+        if cuda.takes(library, config, 1, tokens, rows, 36864, 36864):
             y = poisoned(library, x[:, :tokens].to(device), weight, config, 1)
             yield config, bool((y.cpu() == float(np.float32(36864 * 15 * 255))).all())
 
@@ -164,9 +173,9 @@ def largest_fused(library, device):
             yield f"{columns} columns", torch.equal(y.cpu(), kernels.w4a8_linear(x, weight))
 
 
-def twice_the_same(library, device):
+def twice_the_same(library, device, configs=CONFIGS[1:]):
     """Runs of split columns and of groups, eight times over."""
-    for config in list(cuda.CONFIGS)[1:]:
+    for config in configs:
         for groupsize in GROUPS[:2]:
             weight, x = random_weight(512, 4096, groupsize).to(device), random_x(1, 16, 4096, torch.float16).to(device)
             if cuda.takes(library, config, 8, 16, 512, 4096, weight.groupsize):
@@ -229,6 +238,25 @@ def refusals(library, device):
             yield what, True
 
 
+def by_wgmma(library, device):
+    """The kernel that only compute capability 9.0 has: small shapes first, then those of all models."""
+    if not cuda.takes(library, WGMMA[0], 1, 128, 256, 128, 128):
+        return
+    yield from every_configuration(library, device, ((1, 1, 256, 128), (1, 130, 256, 1856), *SHAPES), configs=WGMMA)
+    yield from every_producer(library, device, ((2, 150, 250, 200), *SHAPES), configs=WGMMA)
+    yield from largest_sums(library, device, configs=WGMMA)
+    yield from twice_the_same(library, device, configs=WGMMA)
+    for rows, columns in LAYERS:
+        weight = random_weight(rows, columns, device=device)
+        for tokens in (64, 129, 1030):
+            x = random_x(1, tokens, columns, TYPES[tokens % 2], seed=tokens).to(device)
+            wanted = kernels.w4a8_linear(x, weight, kernel="torch")
+            for parts in (1, 3):
+                if cuda.takes(library, WGMMA[0], parts, tokens, rows, columns, columns):
+                    y = poisoned(library, x, weight, WGMMA[0], parts)
+                    yield f"{rows}x{columns}, {tokens} tokens / {parts}", torch.equal(y, wanted)
+
+
 SMALL = (a_few_producers, a_few_configurations, largest_sums, twice_the_same, refusals)
 CHECKS = (
     every_configuration,
@@ -274,7 +302,7 @@ def main(args):
             write_json(args.output_path, report)
 
     save()  # before long work, as it may not be possible
-    for result in run_checks(SMALL if args.small else CHECKS, library, device):
+    for result in run_checks((by_wgmma,) if args.wgmma else SMALL if args.small else CHECKS, library, device):
         report["checks"].append(result)
         save()
     report["finished"] = True
@@ -284,7 +312,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m bench.check", description="Check the CUDA kernels on this GPU against PyTorch.")
-    parser.add_argument("--small", action="store_true", help="only small shapes, for compute-sanitizer")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--small", action="store_true", help="only small shapes, for compute-sanitizer")
+    some.add_argument("--wgmma", action="store_true", help="only the kernel by wgmma, of compute capability 9.0; without it all others")
     parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
     try:
         sys.exit(main(parser.parse_args()))

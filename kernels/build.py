@@ -17,6 +17,7 @@ from pathlib import Path
 
 SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".cu", ".cuh"))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
+TARGETS = {"90": ("-DWGMMA", "-gencode=arch=compute_90a,code=sm_90a")}  # what only 9.0 has, not what came after it: hopper.cuh
 OLDEST = 80  # the u8 mma.m16n8k32, cp.async and min.NaN need compute capability 8.0
 
 
@@ -46,7 +47,7 @@ def build(arch):
     if not str(arch).isdigit() or int(arch) < OLDEST:
         raise BuildError(f"compute capability {arch}: must be {OLDEST} or more, without its point, such as 80 (A100) or 90 (H100)")
     nvcc = find_nvcc()
-    flags = (*FLAGS, f"-arch=sm_{arch}")
+    flags = (*FLAGS, *TARGETS.get(str(arch), (f"-arch=sm_{arch}",)))
     version = _run([nvcc, "--version"]).stdout
     parts = (platform.machine(), version, *flags, *(s.read_text() for s in SOURCES))  # machines of several kinds may share a home
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

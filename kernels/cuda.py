@@ -21,6 +21,7 @@ CONFIGS = {  # in the order of Config of w4a8.cu: rows of the weight and tokens 
     "128x64": (128, 64),
     "128x128": (128, 128),
     "256x128": (256, 128),
+    "wgmma256x128": (256, 128),  # compute capability 9.0 only
 }
 CONFIG_NUMBERS = {name: number for number, name in enumerate(CONFIGS)}
 MAX_SPLITS = 64

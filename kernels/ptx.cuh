@@ -89,11 +89,11 @@ DEVICE void from_float(float& to, float v) { to = v; }
 constexpr int kMaxShared = 99 * 1024;  // bytes that a block has on every GPU of compute capability 8.0 or newer
 
 // Makes a kernel ready on the current device, for which the driver must know this runtime and the library this GPU; cudaError_t.  It may take
-// all shared memory that a block can have.  most_shared: the multiprocessor gives what it has to shared memory, not to L1, so that as many blocks
+// shared_bytes of shared memory.  most_shared: the multiprocessor gives what it has to shared memory, not to L1, so that as many blocks
 // fit as can.
 template <class... Parameters>
-int make_ready(void (*kernel)(Parameters...), bool most_shared) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+int make_ready(void (*kernel)(Parameters...), bool most_shared, int shared_bytes = kMaxShared) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (most_shared) cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   return cudaGetLastError();
 }

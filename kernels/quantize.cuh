@@ -3,19 +3,29 @@
 #pragma once
 #include "produce.cuh"
 
+enum Layout { kRows, kFragments, kSwizzled };
+
 struct Codes {
-  uint8_t* codes;  // [M,Kp]; or, for the decoding kernels, [Kp/32,M,32], see fragment
+  uint8_t* codes;  // [M,Kp]; or, for the decoding kernels, [Kp/32,M,32], see fragment; or, for wgmma, [Kp/128,pitch,128], see swizzled
   float* scale;    // [M]
   int* zero;       // [M]
   int* sums;       // [G,pitch]: sum of the codes of each group of columns
   int pitch, groupsize;
-  bool fragments;  // which of the two
+  Layout layout;  // which of them
 };
 
 // Where columns k to k + 3 of row m are in [Kp/32,M,32]: of 32 columns, 4 t to 4 t + 3 and 16 + 4 t to 16 + 4 t + 3 stand together, which is the
 // B operand of lane (m % 8, t).  A warp reads those of eight rows as 256 bytes in a row.  k % 4 == 0.
 DEVICE uint32_t* fragment(uint8_t* codes, int M, int m, int k) {
   return reinterpret_cast<uint32_t*>(codes + (static_cast<size_t>(k / 32) * M + m) * 32 + k % 16 * 2 + k % 32 / 16 * 4);
+}
+
+// Where columns k to k + 7 of row m are in [Kp/128,pitch,128]: the 16-byte chunks of a row are exchanged by its number, as the tensor cores of compute
+// capability 9.0 find them in shared memory ("128-byte swizzle"), so that eight rows at one chunk lie in different banks.  k % 8 == 0.
+constexpr int kSwizzledColumns = 128;
+DEVICE uint2* swizzled(uint8_t* codes, int pitch, int m, int k) {
+  int chunk = k % kSwizzledColumns / 16 ^ m % 8;
+  return reinterpret_cast<uint2*>(codes + (static_cast<size_t>(k / kSwizzledColumns) * pitch + m) * kSwizzledColumns + 16 * chunk + k % 16);
 }
 
 constexpr int kQuantizeThreads = 256, kWideThreads = 1024;  // of a block; the latter where there are few rows
@@ -188,7 +198,8 @@ quantize_kernel(Activations a, const float2* ranges, int parts, int width, Codes
       int i = Loaded::column(first, b), sum = 0;
       if (i < end) {
         uint2 w = codes8(batch.eights[b], row, i, a.K, grid, a.levels);
-        if (out.fragments) store_fragments(out.codes, gridDim.x, index, i, w);
+        if (out.layout == kFragments) store_fragments(out.codes, gridDim.x, index, i, w);
+        else if (out.layout == kSwizzled) *swizzled(out.codes, out.pitch, index, i) = w;
         else *reinterpret_cast<uint2*>(out.codes + static_cast<size_t>(index) * a.Kp + i) = w;
         sum = sum8(w);
       }

@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "decode.cuh"
+#ifdef WGMMA  // build.py, for compute capability 9.0
+#include "hopper.cuh"
+#endif
 
 struct Call {  // the same fields in the same order as Call in cuda.py
   const void* x;            // [B,T,K]; [B,T,2K] where it has a gate
@@ -31,7 +34,7 @@ struct Call {  // the same fields in the same order as Call in cuda.py
 };
 
 // The order of CONFIGS in cuda.py.
-enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x128, kConfigs };
+enum Config { kDecodeFused, kDecode, k128x16, k128x32, k128x64, k128x128, k256x128, kWgmma256x128, kConfigs };
 
 //                               BN   BM   WN  WM  stages
 template <bool G> using Tile16 = Tile<128, 16, 32, 16, 6, G>;
@@ -49,7 +52,9 @@ static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * 
 
 struct Plan {  // everything that follows from a call
   int M, Np, Kp, Mp, groups, groupsize, bn, bm, tiles, values;
+  int x_columns;  // of the codes of x, padded
   bool grouped, decode, fused;
+  Layout layout;
   int decode_bytes;             // shared memory of the decoding kernel
   int range_parts, range_rows;  // first pass over x; no parts: there is none, as rows have ranges of their own
   int column_parts;             // blocks that share a row in that pass
@@ -59,20 +64,22 @@ struct Plan {  // everything that follows from a call
     M = c.B * c.T, Np = padded(c.N, 128), Kp = padded(c.K, 64), Mp = padded(M, 128);
     groups = (c.K + c.groupsize - 1) / c.groupsize, grouped = groups > 1, groupsize = grouped ? c.groupsize : Kp;
     fused = c.config == kDecodeFused, decode = fused || c.config == kDecode;
-    bn = decode ? 32 : c.config == k256x128 ? 256 : 128;
+    layout = decode ? kFragments : c.config == kWgmma256x128 ? kSwizzled : kRows;
+    x_columns = layout == kSwizzled ? padded(c.K, kSwizzledColumns) : Kp;
+    bn = decode ? 32 : c.config == k256x128 || c.config == kWgmma256x128 ? 256 : 128;
     bm = decode ? (M <= 8 ? 8 : 16) : c.config == k128x16 ? 16 : c.config == k128x32 ? 32 : c.config == k128x64 ? 64 : 128;
     values = bn * bm;
     tiles = ((c.N + bn - 1) / bn) * ((M + bm - 1) / bm);
     decode_bytes = M <= 8 ? fused ? Decode<8, true, false>::shared_bytes(M, Kp, groups) : Decode<8, false, false>::shared_bytes(M, Kp, groups)
                    : fused ? Decode<16, true, false>::shared_bytes(M, Kp, groups) : Decode<16, false, false>::shared_bytes(M, Kp, groups);
     range_rows = (M + kRangeParts - 1) / kRangeParts;
-    column_parts = c.producer == kGate ? std::min(kFewRows / M, Kp / (8 * kQuantizeThreads)) : 1;
+    column_parts = c.producer == kGate ? std::min(kFewRows / M, x_columns / (8 * kQuantizeThreads)) : 1;
     if (column_parts < kMinColumnParts) column_parts = 1;
     bool own = c.per_token || (c.T == 1 && !c.lengths);
     range_parts = !own ? (c.T + range_rows - 1) / range_rows : column_parts > 1 ? 1 : 0;
     bytes = 0;
     auto take = [&](int64_t size) { int64_t at = bytes; bytes += (size + 255) / 256 * 256; return at; };
-    codes = take(fused ? 0 : int64_t(M) * Kp);
+    codes = take(fused ? 0 : int64_t(layout == kSwizzled ? Mp : M) * x_columns);
     sums = take(fused ? 0 : int64_t(groups) * Mp * 4);
     x_scale = take(fused ? 0 : int64_t(Mp) * 4);
     x_zero = take(fused ? 0 : int64_t(Mp) * 4);
@@ -100,6 +107,7 @@ enum Steps { kQuantize = 1, kMultiply = 2, kBoth = 3 };
   X(kBadGroup, "groupsize must be a multiple of 64, at most 1024, or K") \
   X(kBadLevels, "act_bits must be 2 to 8") \
   X(kBadConfig, "no such kernel configuration") \
+  X(kNoWgmma, "this configuration needs a GPU of compute capability 9.0") \
   X(kDecodeRows, "this configuration takes at most 16 tokens") \
   X(kFusedBytes, "this configuration keeps all codes of x in shared memory, 99 KiB at most") \
   X(kFusedSplits, "this configuration does not split the columns") \
@@ -128,6 +136,9 @@ static int check_shape(const Call& c) {
   if (c.groupsize < 1 || c.groupsize > c.K || (c.groupsize < c.K && (c.groupsize % 64 || c.groupsize > kMaxGroup))) return refuse(kBadGroup);
   if (c.levels != 3 && c.levels != 7 && c.levels != 15 && c.levels != 31 && c.levels != 63 && c.levels != 127 && c.levels != 255) return refuse(kBadLevels);
   if (c.config < 0 || c.config >= kConfigs) return refuse(kBadConfig);
+#ifndef WGMMA
+  if (c.config == kWgmma256x128) return refuse(kNoWgmma);
+#endif
   if (c.steps < kQuantize || c.steps > kBoth) return refuse(kBadSteps);
   Plan p(c);
   if (p.fused && c.steps != kBoth) return refuse(kBadSteps);
@@ -136,7 +147,7 @@ static int check_shape(const Call& c) {
   if (p.fused && c.splits != 1) return refuse(kFusedSplits);
   if (c.producer < kNothing || c.producer > kGate) return refuse(kBadProducer);
   if (p.fused && c.producer != kNothing) return refuse(kFusedProducer);
-  if (c.config == k256x128 && (p.Np % 256 || p.grouped)) return refuse(kBadTile);
+  if (p.bn == 256 && (p.Np % 256 || p.grouped)) return refuse(kBadTile);
   if (c.splits < 1 || c.splits > kMaxSplits || c.splits > (p.grouped ? p.groups : p.Kp / 64)) return refuse(kBadSplits);
   return 0;
 }
@@ -160,9 +171,9 @@ template <class Row>
 static int quantize(const Call& c, const Plan& p, const Activations& a, const Codes& codes, float2* ranges, uint32_t* tickets) {
   // With few rows a block is as wide as a row needs, and several share a row whose range is known.
   bool few = p.M <= kFewRows;
-  int parts = p.range_parts && few ? std::max(1, std::min(kFewRows / p.M, p.Kp / (8 * kQuantizeThreads))) : 1;
-  int width = padded((p.Kp + parts - 1) / parts, 64);
-  parts = (p.Kp + width - 1) / width;
+  int parts = p.range_parts && few ? std::max(1, std::min(kFewRows / p.M, p.x_columns / (8 * kQuantizeThreads))) : 1;
+  int width = padded((p.x_columns + parts - 1) / parts, 64);
+  parts = (p.x_columns + width - 1) / width;
   auto threads = [&](int columns) {
     if (few) return std::min(kWideThreads, padded((columns + 7) / 8, 32));
     if (c.producer == kNothing) return kQuantizeThreads;
@@ -171,7 +182,7 @@ static int quantize(const Call& c, const Plan& p, const Activations& a, const Co
   };
   auto memory = [&](int columns) { return Row::BYTES + threads(columns) / 32 * 2 * 4; };
   if (p.range_parts) {
-    int units = c.per_token ? p.M : c.B, of_range = padded((p.Kp + p.column_parts - 1) / p.column_parts, 64);
+    int units = c.per_token ? p.M : c.B, of_range = padded((p.x_columns + p.column_parts - 1) / p.column_parts, 64);
     int error = launch(range_kernel<Row>, units * p.range_parts, p.column_parts, threads(of_range), memory(of_range), c.stream, a, ranges,
                        p.range_parts, p.range_rows, of_range, codes.sums, parts > 1 ? p.groups * p.Mp : 0);
     if (error) return error;
@@ -207,6 +218,10 @@ static int multiply(const Call& c, const Plan& p, const Problem& problem, const 
     case k128x32: return tile<Tile32<GROUPED>>(c, p, problem);
     case k128x64: return tile<Tile64<GROUPED>>(c, p, problem);
     case k128x128: return tile<Tile128<GROUPED>>(c, p, problem);
+#ifdef WGMMA
+    case kWgmma256x128:
+      return launch(warpgroup_kernel, p.tiles, c.splits, WarpgroupTile::THREADS, WarpgroupTile::SHARED_BYTES, c.stream, problem);
+#endif
     default: return tile<Tile256<false>>(c, p, problem);  // check_shape refuses groups
   }
 }
@@ -233,6 +248,9 @@ int awrq_call_bytes() { return sizeof(Call); }
 
 // Makes the kernels ready on the current device, once, before any call there: 0, or what awrq_error explains.
 int awrq_ready() {
+#ifdef WGMMA
+  if (int error = make_ready(warpgroup_kernel, true, WarpgroupTile::SHARED_BYTES)) return error;
+#endif
   if (int error = products_ready<false>()) return error;
   return products_ready<true>();
 }
@@ -260,9 +278,9 @@ int awrq_linear(const Call* call) {
   Plan p(c);
   if (int refused = check_pointers(c, p)) return refused;
   uint8_t* memory = static_cast<uint8_t*>(c.workspace);
-  Activations a{c.x, c.lengths, c.norm, c.eps, c.type, c.B, c.T, c.K, p.Kp, c.levels, c.per_token, c.sym};
+  Activations a{c.x, c.lengths, c.norm, c.eps, c.type, c.B, c.T, c.K, p.x_columns, c.levels, c.per_token, c.sym};
   Codes codes{memory + p.codes, reinterpret_cast<float*>(memory + p.x_scale), reinterpret_cast<int*>(memory + p.x_zero),
-              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize, p.decode};
+              reinterpret_cast<int*>(memory + p.sums), p.Mp, p.groupsize, p.layout};
   uint32_t* tickets = reinterpret_cast<uint32_t*>(memory + p.tickets);
   Problem problem{static_cast<const uint4*>(c.weight), c.scale, c.zero, c.colsum, c.bias, codes, c.y, c.type, p.M, c.N, p.Np, p.Kp,
                   c.splits, reinterpret_cast<uint32_t*>(memory + p.slabs), tickets};

@@ -4,8 +4,9 @@
 #                                        pytest and transformers are installed, times of LLaMA-13B's layers
 #   bash scripts/gpu_check.sh --quick    the same in at most 8 minutes: times first and at five numbers of tokens, no step for longer than its limit
 #   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (an hour or two)
-# Variables: PYTHON, OUT (a folder, by default results/gpu_check: NAME_OF_THE_GPU.json, what was compared; _steps.json, how each step went,
-# written after every step; _bench.json, the times).  Goes on after a step that fails; exit status 1 if one did.
+# Variables: PYTHON, OUT (a folder, by default results/gpu_check: NAME_OF_THE_GPU.json, what was compared; _wgmma.json, the same of the kernel
+# that only compute capability 9.0 has; _steps.json, how each step went, written after every step; _bench.json, the times).  Goes on after a step
+# that fails; exit status 1 if one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} mode=${1-}
@@ -49,13 +50,14 @@ command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,
 bench() { step bench 60 "$PYTHON" -m bench.linears --models llama-13b --tokens "$1" --output_path "${files}_bench.json"; }
 
 step build 60 "$PYTHON" -m kernels.build --arch "$arch"
+[ "$arch" = 90 ] && step wgmma 30 timeout 120 "$PYTHON" -m bench.check --wgmma --output_path "${files}_wgmma.json"
 [ "$mode" = --tune ] && step tune - "$PYTHON" -m bench.tune
 step check 80 "$PYTHON" -m bench.check --output_path "$files.json"
 [ "$mode" = --quick ] && bench 1,16,64,512,2048
 
 sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 watch=(--report-api-errors no --error-exitcode 9)  # libraries ask the driver for what it may not have: no error of a kernel
-for tool in memcheck:40 racecheck:120; do
+for tool in memcheck:40 racecheck:90; do
   limit=${tool#*:} tool=${tool%:*}
   if [ -z "$sanitizer" ]; then
     skip $tool "no compute-sanitizer"

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: g++ compiles their own code with tests/emulator/ptx.cuh in the place of kernels/ptx.cuh."""
+"""The CUDA kernels on a CPU: g++ compiles their own code with the instructions of tests/emulator/ in the place of theirs."""
 
 import ctypes
 import shutil
@@ -10,6 +10,7 @@ import torch
 from kernels import NOTHING, build, cuda
 
 ROOT = Path(__file__).parent.parent
+FLAGS = ("-DWGMMA", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 # Of what the sanitizer sees, a load off its alignment, an index past an array and a sum past 2^31 matter here; it stops the process.
 UNDEFINED = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 
@@ -18,11 +19,14 @@ def compile_kernels(folder):
     """The kernels' library, compiled into a folder."""
     for source in build.SOURCES:
         shutil.copy(source, folder)
-    shutil.copy(ROOT / "tests" / "emulator" / "ptx.cuh", folder)
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", *UNDEFINED)
-    done = subprocess.run(["g++", "-x", "c++", *flags, "-o", "libawrq.so", "w4a8.cu"], cwd=folder, capture_output=True, text=True)
+    for instructions in ("ptx.cuh", "wgmma.cuh"):
+        shutil.copy(ROOT / "tests" / "emulator" / instructions, folder)
+    done = subprocess.run(
+        ["g++", "-x", "c++", *FLAGS, *UNDEFINED, "-o", "libawrq.so", "w4a8.cu"], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     library = cuda.bind(folder / "libawrq.so")
+    assert library.awrq_ready() == 0
     library.emulator_memory.restype, library.emulator_memory.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
     return library
 

@@ -1,5 +1,6 @@
 """How the CUDA kernels are built, and what nvcc makes of them; scripts/gpu_check.sh with stand-ins for its programs."""
 
+import ctypes
 import json
 import os
 import re
@@ -116,7 +117,7 @@ def test_what_needs_a_gpu_says_that_there_is_none():
 
 PROGRAMS = {  # of a machine with a GPU, where what $FAIL says goes wrong
     "python": """#!/bin/sh
-[ "$1" = - ] && cat > /dev/null && echo "80 NVIDIA A100" && exit
+[ "$1" = - ] && cat > /dev/null && echo "${ARCH-80} NVIDIA A100" && exit
 echo "$*" >> "$CALLS"
 case "$*" in
   *$FAIL*) exit 3 ;;
@@ -139,7 +140,7 @@ def gpu_check(folder, programs, path, fail, *options):
     env |= {"CALLS": f"{folder}/calls", "FAIL": fail}
     done = subprocess.run(["bash", "scripts/gpu_check.sh", *options], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
     steps = json.loads((folder / "results" / "NVIDIA_A100_steps.json").read_text())
-    assert (steps["gpu"], steps["arch"]) == ("NVIDIA A100", "80") and done.stderr == ""
+    assert (steps["gpu"], steps["arch"]) == ("NVIDIA A100", os.environ.get("ARCH", "80")) and done.stderr == ""
     return done, {step["step"]: step["result"] for step in steps["steps"]}, (folder / "calls").read_text()
 
 
@@ -166,6 +167,13 @@ def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong)
     assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
     assert f"-m bench.check --output_path {tmp_path}/results/NVIDIA_A100.json" in calls and calls.count("-m bench.check --small") == 2
     assert (tmp_path / "results" / "NVIDIA_A100.json").exists() == ("check" not in wrong)
+
+
+def test_gpu_check_tries_wgmma_first_and_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARCH", "90")
+    done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], "bench.check --wgmma", "--quick")
+    assert list(steps)[:3] == ["build", "wgmma", "check"] and [name for name in steps if steps[name] != "ok"] == ["wgmma"]
+    assert done.returncode == 1 and f"-m bench.check --wgmma --output_path {tmp_path}/results/NVIDIA_A100_wgmma.json" in calls
 
 
 def test_gpu_check_skips_what_is_not_there(tmp_path):
@@ -208,7 +216,7 @@ def test_no_kernel_spills_registers(compiled, arch):
     )
     assert len(report) == log.count("Compiling entry function") > 0
     assert {name: numbers for name, *numbers in report if numbers != ["0", "0", "0"]} == {}
-    assert "warning" not in log
+    assert "warning" not in log and "wgmma.mma_async instructions are serialized" not in log
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
@@ -224,6 +232,16 @@ def test_library_without_a_gpu_says_so(compiled, arch):
     for config in ("decode_fused", "decode", "128x64"):
         with pytest.raises(RuntimeError, match=f"{config}: CUDA: .*(driver|device)"):
             cuda.launch(library, x, x.new_empty(1, 2, 32), weight, (8, False, False), None, config, 1, None, empty)
+
+
+def test_only_the_library_of_9_0_has_wgmma(compiled):
+    for arch, has in (("80", False), ("90", True)):
+        library = cuda.bind(compiled[arch])
+        assert cuda.takes(library, "wgmma256x128", 1, 128, 256, 128, 128) == has
+        assert not cuda.takes(library, "wgmma256x128", 1, 128, 128, 128, 128)
+    call = cuda.Call(B=1, T=128, K=128, N=256, groupsize=128, levels=255, config=cuda.CONFIG_NUMBERS["wgmma256x128"], splits=1, steps=3)
+    code = cuda.bind(compiled["80"]).awrq_workspace(ctypes.byref(call))
+    assert cuda.bind(compiled["80"]).awrq_error(code) == b"this configuration needs a GPU of compute capability 9.0"
 
 
 def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, monkeypatch):
@@ -283,6 +301,15 @@ def test_a_loop_is_read_and_replayed_by_its_control_codes():
     assert alone.cycles == 28 + 2 + 12 + 5 and alone.tensor == pytest.approx(8 / 4 / alone.cycles)
     four = machine_code.replay(loop, 4, 1, 80)  # one on each scheduler: the last one's load waits for three others', 4 cycles each
     assert four.cycles == 28 + 3 * 4 + 2 + 12 + 5 and four.tensor == pytest.approx(8 / four.cycles)
+    instruction = machine_code.Instruction
+    wait = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x1", 2, 7, 7, 0)  # for all groups but the last
+    products = [instruction(f"IGMMA.64x128x32.U8.U8 R{r}, R8, gdesc[UR4], R{r}{end}", 1, 7, 7, 0) for r, end in ((24, ""), (88, ", gsb0"))]
+    assert [i.pending for i in (wait, *products)] == [1, None, None] and [i.kind for i in products] == ["wgmma"] * 2
+    busy = machine_code.replay([*products, wait], 8, 1, 90)  # two warps on each tensor core
+    assert busy.cycles == 2 * 2 * machine_code.WGMMA_INTERVAL and busy.tensor == 1
+    for_all = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2, 7, 7, 0)
+    drained = machine_code.replay([*products, for_all, instruction("NOP", 15, 7, 7, 0)], 4, 1, 90)
+    assert drained.cycles == 2 * machine_code.WGMMA_INTERVAL + 15
     assert machine_code.blocks_that_fit(252, 128, 48 * 1024) == 2 and machine_code.blocks_that_fit(80, 256, 9 * 1024) == 3
 
 
@@ -297,19 +324,11 @@ def test_main_loops_keep_the_tensor_cores_busy(compiled, arch, least, monkeypatc
     predict.read_code.cache_clear()
     code = predict.read_code(arch)
     assert code.shares["128x64"] >= least and code.shares["128x128"] >= least
+    assert arch == 80 or code.shares["wgmma256x128"] >= 0.92
     assert min(code.decoders.values()) >= 2, "blocks of the decoding kernels on a multiprocessor"
     if arch == 80:
         found = {M: predict.block_speedup(predict.GPUS["a100-40"], code, "llama-13b", M, predict.chosen) for M in (1, 16, 64, 512, 2048)}
         assert all(found[M] > wanted for M, wanted in {1: 3.6, 16: 3.2, 64: 3.0, 512: 1.75, 2048: 1.75}.items()), found
-    instruction = machine_code.Instruction
-    wait = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x1", 2, 7, 7, 0)  # for all groups but the last
-    products = [instruction(f"IGMMA.64x128x32.U8.U8 R{r}, R8, gdesc[UR4], R{r}{end}", 1, 7, 7, 0) for r, end in ((24, ""), (88, ", gsb0"))]
-    assert [i.pending for i in (wait, *products)] == [1, None, None] and [i.kind for i in products] == ["wgmma"] * 2
-    busy = machine_code.replay([*products, wait], 8, 1, 90)  # two warps on each tensor core
-    assert busy.cycles == 2 * 2 * machine_code.WGMMA_INTERVAL and busy.tensor == 1
-    for_all = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2, 7, 7, 0)
-    drained = machine_code.replay([*products, for_all, instruction("NOP", 15, 7, 7, 0)], 4, 1, 90)
-    assert drained.cycles == 2 * machine_code.WGMMA_INTERVAL + 15
 
 
 def test_predictions_are_marked_as_such(monkeypatch, capsys):

@@ -52,6 +52,7 @@ def most_tokens(config):
     return 16 if config.startswith("decode") else 200
 
 
+WIDE = ("256x128", "wgmma256x128")  # they take whole rows only, padded to 256
 ORDERS = {"": (False, False), "reverse-eager": (True, True), "reverse": (True, False)}  # of warps, and of the copies of cp.async
 
 
@@ -62,12 +63,12 @@ ORDERS = {"": (False, False), "reverse-eager": (True, True), "reverse": (True, F
         for config in cuda.CONFIGS
         for groupsize, orders in ((-1, tuple(ORDERS)), (128, ("", "reverse")), (64, ("reverse-eager",)))
         for order in orders
-        if groupsize < 0 or config != "256x128"
+        if groupsize < 0 or config not in WIDE
     ],
 )
 def test_kernels_equal_op(emulated, config, groupsize, order):
     """Every configuration: types, per sequence and token, padded columns, rows and sequences, split and not, whichever warp is first."""
-    R = 250 if config == "256x128" else 104
+    R = 250 if config in WIDE else 104
     cases = [
         (activations(2, 5, 256, torch.float16), 8, False, False, None),
         (activations(1, 3, 200, torch.bfloat16), 8, True, False, None),
@@ -96,6 +97,15 @@ def test_kernels_find_every_tile(emulated):
     """More than eight tiles of tokens, so that the raster has a full group and a rest; rows that are no multiple of 128."""
     weight, x = prepared(300, 64), activations(1, 16 * 19 - 3, 64, torch.float16)
     assert_equal_to_op(emulate(emulated, x, weight, "128x16", 1), x, weight)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("columns", "parts"), [(1856, 1), (1600, 3), (192, 3)])
+def test_wgmma_goes_round_its_stages(emulated, columns, parts, order):
+    """More stages of 128 columns than shared memory holds, half a stage at the end, a part without any; two tiles each way."""
+    weight, x = prepared(400, columns), activations(1, 131, columns, torch.float16)
+    reverse, eager = ORDERS[order]
+    assert_equal_to_op(emulate(emulated, x, weight, "wgmma256x128", parts, reverse=reverse, eager=eager), x, weight)
 
 
 def test_kernels_split_into_uneven_parts(emulated):
@@ -196,8 +206,8 @@ def test_kernels_multiply_what_a_producer_makes(emulated, config, kind):
         (torch.bfloat16, (8, False, False, torch.tensor([4, 2])), (True, False)),
         (torch.float32, (8, True, True), (True, True)),
     ):
-        x, producer = produced(kind, 200, dtype, B=2)
-        weight = prepared(250 if config == "256x128" else 104, 200)
+        x, producer = produced(kind, 168, dtype, B=2)
+        weight = prepared(250 if config in WIDE else 104, 168)
         y = emulate(emulated, x, weight, config, 2, *settings, *(None,) * (4 - len(settings)), *order, producer=producer)
         assert_equal_to_op(y, x, weight, *settings, producer=producer)
 
@@ -296,7 +306,8 @@ def test_the_largest_call_is_counted_right(emulated):
             call = cuda.Call(
                 B=1, T=tokens, K=columns, N=rows, groupsize=columns, levels=255, config=cuda.CONFIG_NUMBERS[config], splits=parts, steps=3
             )
-            codes, sums, scale, zero, ranges = tokens * columns, 4 * tokens, 4 * tokens, 4 * tokens, 8 * 1024
+            of_codes = max(columns, 128) if config.startswith("wgmma") else columns
+            codes, sums, scale, zero, ranges = tokens * of_codes, 4 * tokens, 4 * tokens, 4 * tokens, 8 * 1024
             tiles = (rows // n) * (tokens // m)
             split = tiles * parts * n * m * 4 + tiles * 4 if parts > 1 else 0
             assert emulated.awrq_workspace(ctypes.byref(call)) == codes + sums + scale + zero + ranges + split
@@ -322,7 +333,7 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
 
     (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
-    assert right == {"check": "few", "cases": 4 * len(cuda.CONFIGS), "wrong": [], "error": None}
+    assert right == {"check": "few", "cases": 4 * len(check.CONFIGS), "wrong": [], "error": None}
 
     def broken(library, device):
         yield "one case", True
@@ -332,10 +343,23 @@ def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
         yield from check.every_producer(library, device, ((2, 5, 256, 64),), check.TYPES)
 
     (made,) = check.run_checks((producers,), emulated, torch.device("cpu"))
-    assert made == {"check": "producers", "cases": 2 * 2 * 3 * len(cuda.CONFIGS), "wrong": [], "error": None}
+    assert made == {"check": "producers", "cases": 2 * 2 * 3 * len(check.CONFIGS), "wrong": [], "error": None}
     first, second = check.run_checks((broken, few), emulated, torch.device("cpu"))
     assert first["error"] == "after one case: RuntimeError: an illegal memory access was encountered" and first["cases"] == 1
     assert second == right and "broken                        1 cases  FAILED after one case" in capsys.readouterr().out
     monkeypatch.setattr(check, "poisoned", lambda *args, poisoned=check.poisoned: poisoned(*args).neg_())
     (wrong,) = check.run_checks((few,), emulated, torch.device("cpu"))
     assert len(wrong["wrong"]) == wrong["cases"] and "WRONG, as ['decode_fused / 1, 2x5" in capsys.readouterr().out
+
+
+def test_the_check_of_the_kernel_by_wgmma(emulated, monkeypatch):
+    """It is the only one that runs this kernel, and runs no other; nothing where there is none."""
+    monkeypatch.setattr(check, "SHAPES", ())
+    monkeypatch.setattr(check, "LAYERS", ((256, 128),))
+    for name in ("every_configuration", "every_producer", "largest_sums", "twice_the_same"):  # long; their cases are in other tests
+        monkeypatch.setattr(check, name, lambda *args, configs, name=name: [(name, configs == check.WGMMA)])
+    found = dict(check.by_wgmma(emulated, torch.device("cpu")))
+    assert all(found.values()) and len(found) == 4 + 3 and "256x128, 1030 tokens / 1" in found
+    assert sorted(check.CONFIGS + check.WGMMA) == sorted(cuda.CONFIGS)
+    monkeypatch.setattr(cuda, "takes", lambda *args: False)
+    assert not list(check.by_wgmma(emulated, torch.device("cpu")))

@@ -4,6 +4,7 @@
 // blocks is a setting, the copies of cp.async land at once or as late as they may, shared memory starts as garbage and ends at a page that
 // must not be touched.  So what depends on luck on a GPU fails here: a missing barrier or wait, a lane's wrong register, an index out of bounds.
 #pragma once
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -37,15 +39,33 @@ constexpr size_t kStack = 64 * 1024;
 
 struct Copy { void* to; const void* from; bool valid; };
 
+struct Product { uint32_t* sums; const uint32_t* a; uint64_t b; };  // of wgmma.cuh
+
 struct Fiber {
   ucontext_t context;
   bool done;
   std::deque<std::vector<Copy>> groups;  // committed copies
   std::vector<Copy> copies;              // those after the last commit
+  std::deque<std::vector<Product>> product_groups;
+  std::vector<Product> products;
+  std::map<const uint32_t*, std::array<uint32_t, 4>> fenced;  // operands as they were when the last fence saw them
 };
 
 struct Barrier {
   int arrived = 0, phase = 0;
+};
+
+struct BulkCopy { void* to; const void* from; int bytes; };
+
+struct CopyBarrier {  // of wgmma.cuh
+  int arrivals, left, expected = 0, phase = 0;
+  bool fenced = false;
+  std::vector<BulkCopy> copies;
+};
+
+struct Warpgroup {
+  Barrier barrier;
+  uint64_t b[2][4];  // what each warp brings, in turns
 };
 
 struct Warp {
@@ -55,9 +75,13 @@ struct Warp {
 };
 
 inline uint8_t* shared;
+inline int shared_bytes;
+inline std::map<const void*, int> ready;  // bytes of shared memory that a kernel may take
 inline std::vector<Fiber> fibers;
 inline std::vector<uint8_t> stacks;
 inline std::vector<Warp> warps;
+inline std::vector<Warpgroup> warpgroups;
+inline std::map<const void*, CopyBarrier> copy_barriers;
 inline Barrier block;
 inline ucontext_t scheduler;
 inline int current, events;
@@ -104,6 +128,7 @@ const uint32_t (&together(const char* name, const uint32_t (&words)[WORDS]))[32]
 inline void fiber_main() {
   body();
   if (!fibers[current].groups.empty() || !fibers[current].copies.empty()) fail("thread ends before its copies");
+  if (!fibers[current].product_groups.empty() || !fibers[current].products.empty()) fail("thread ends before its products");
   fibers[current].done = true, ++events;
   yield();
 }
@@ -124,6 +149,8 @@ inline void run_warp(int warp) {
 inline void run_block(int threads) {
   block = {};
   warps.assign(threads / 32, {});
+  warpgroups.assign(threads / 128, {});
+  copy_barriers.clear();
   fibers.resize(threads);
   stacks.resize(threads * kStack);
   for (int i = 0; i < threads; ++i) {
@@ -145,14 +172,22 @@ inline void run_block(int threads) {
     for (const Fiber& fiber : fibers) done = done && fiber.done;
     if (!done && events == before) fail("threads wait for each other for ever");
   }
+  for (const auto& [at, barrier] : copy_barriers)
+    if (!barrier.copies.empty()) fail("block ends before its copies");
 }
 
 inline void land(const Copy& copy) { copy.valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16); }
+
+// As on a GPU, where the first of them are the system's.
+inline uint32_t shared_address(const void* pointer) {
+  return 1024 + static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared);
+}
 
 inline uint8_t byte(uint32_t word, int i) { return word >> (8 * i); }
 
 }  // namespace emulator
 
+using emulator::shared_address;
 inline void __syncthreads() { emulator::wait(emulator::block, blockDim.x); }
 template <class T> T atomicAdd(T* to, T v) { T old = *to; *to += v; return old; }
 
@@ -243,12 +278,17 @@ inline void from_float(float& to, float v) { to = v; }
 constexpr int kMaxShared = 99 * 1024;
 
 template <class... Parameters>
-int make_ready(void (*)(Parameters...), bool) { return 0; }
+int make_ready(void (*kernel)(Parameters...), bool, int shared_bytes = kMaxShared) {
+  emulator::ready[reinterpret_cast<const void*>(kernel)] = shared_bytes;
+  return 0;
+}
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int bytes, void* stream, Arguments... args) {
-  if (bytes > kMaxShared) return 1;
+  auto ready = emulator::ready.find(reinterpret_cast<const void*>(kernel));
+  if (bytes > (ready == emulator::ready.end() ? 48 * 1024 : ready->second)) return 1;
   emulator::shared = emulator::guarded(bytes, 128);
+  emulator::shared_bytes = bytes;
   emulator::body = [=] { kernel(args...); };
   blockDim = {threads, 1}, gridDim = {grid_x, grid_y};
   for (int i = 0; i < grid_x * grid_y; ++i) {
