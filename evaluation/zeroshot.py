@@ -19,7 +19,7 @@ from lm_eval.utils import handle_non_serializable
 
 from datautils import file_source, find_file, parse_json, read_rows
 from modelutils import check_vocabulary
-from processes import ALONE, in_turn
+from processes import ALONE
 from recipe import UsageError
 
 NAMES = {"storycloze": "storycloze_2018"}  # names of the paper that lm-eval uses for something else
@@ -260,22 +260,29 @@ class QuantizedLM(huggingface.HFLM):
         if own.pad_token_id is None or own.pad_token_id >= model.config.vocab_size:  # lm-eval would add one that the model does not know
             own.pad_token = own.convert_ids_to_tokens(0)  # which one does not matter, as our linears know what is padding
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
-        self.world, self._rank, self._world_size = world, world.rank, world.size
+        self.world = world
 
-    # lm-eval's own exchanges, among the processes that there are
+    # lm-eval takes each of several processes for the only one, so that it draws the same examples for a prompt as for one.  It makes all
+    # requests in each, gets the answers to all, and only what is between is shared.
 
-    def all_gather(self, tensor):
-        return torch.stack(self.world.gather(tensor.cpu()))
+    def loglikelihood(self, requests, *args, **kwargs):
+        return self._shared(super().loglikelihood, requests, *args, **kwargs)
 
-    def barrier(self):
-        self.world.barrier()
+    def loglikelihood_rolling(self, requests, *args, **kwargs):
+        return self._shared(super().loglikelihood_rolling, requests, *args, **kwargs)
 
-    def gather_object(self, obj, dst=0):
-        """lm-eval's, of {task: {metric: [value of every item]}}: one such dict, its items in the order that one process has them in."""
-        found = self.world.gather(obj)
-        if self.world.rank != dst:
-            return None
-        return [{task: {metric: in_turn([part[task][metric] for part in found]) for metric in obj[task]} for task in obj}]
+    def generate_until(self, requests, *args, **kwargs):
+        return self._shared(super().generate_until, requests, *args, **kwargs)
+
+    def _shared(self, answer, requests, *args, **kwargs):
+        """answer(requests), of which each process finds those of its share of the items."""
+        if self.world.size == 1:
+            return answer(requests, *args, **kwargs)
+        items = [(request.task_name, request.doc_id) for request in requests]
+        whose = {item: k % self.world.size for k, item in enumerate(dict.fromkeys(items))}
+        own = [request for request, item in zip(requests, items, strict=True) if whose[item] == self.world.rank]
+        found = [iter(part) for part in self.world.gather(answer(own, *args, **kwargs) if own else [])]
+        return [next(found[whose[item]]) for item in items]
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         """lm-eval's; but a continuation longer than the model's context, on which lm-eval stops, is scored in pieces, one after the other.
@@ -322,6 +329,8 @@ def zero_shot(model, tokenizer, tasks, batch_size=1, world=ALONE, **settings):
     if chat := settings.get("apply_chat_template"):
         lm.tokenizer.chat_template = chat_template(tokenizer, chat)  # lm-eval would name the chosen one and use the default
         settings["apply_chat_template"] = True
+    if not world.first:
+        settings["bootstrap_iters"] = 0  # which takes many processes; only the first one's results are wanted
     found = simple_evaluate(
         lm,
         tasks=tasks,

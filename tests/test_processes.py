@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, forked, in_world, messages, quantize, tiny_model, token_ids
+from conftest import CPU, forked, in_world, messages, quantize, tiny_model, token_ids, toy_tokenizer
 
 import opt
 from evaluation.perplexity import perplexity
+from evaluation.zeroshot import load_tasks, zero_shot
 from formats.checkpoint import Store
 from formats.resume import ResumableStore, run_identity
 from modelutils import decoder_of
@@ -168,6 +169,50 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     whole = {f"{i}.{name}": q for i in range(2) for name, (q, _) in store.codes(i).items()}
     for of in again:
         assert of["before"] == 1 and all((q == of["codes"][name]).double().mean() >= 0.9999 for name, q in whole.items())
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A task of a number of items in a file of its own: tasks(name, items, its other settings)."""
+
+    def make(name, items, settings):
+        rows = [{"text": f"word{i} word{i + 1}", "choices": ["word1", "word2 word3"], "gold": i % 2} for i in range(items)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / name}.jsonl}}}}\ntest_split: test\n"
+            f"doc_to_text: '{{{{text}}}}'\n{settings}"
+        )
+        return str(tmp_path / f"{name}.yaml")
+
+    return make
+
+
+CHOICES = (
+    "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+)
+GENERATE = (
+    "output_type: generate_until\ndoc_to_target: '{{choices[1]}}'\ngeneration_kwargs: {until: [word7], max_gen_toks: 4, do_sample: false}\n"
+    "metric_list: [{metric: exact_match}]\n"
+)
+ROLLING = "output_type: loglikelihood_rolling\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shots", [0, 2])
+def test_tasks_of_several_are_those_of_one(shots, tasks):
+    """Few-shot examples too, and with fewer items than processes; only a sum of log-likelihoods differs, by the rounding of its batch."""
+    files = [tasks("choices", 7, CHOICES), tasks("few", 4, CHOICES), tasks("generated", 5, GENERATE)]
+    files += [tasks("rolling", 5, ROLLING)] if not shots else []
+
+    def evaluated(world=World()):  # noqa: B008  never changed
+        model = decoder_of(tiny_model(*LLAMA)).materialize(CPU)
+        found = zero_shot(model, toy_tokenizer(), load_tasks(files), 2, world, num_fewshot=shots, limit=5)
+        return json.loads(json.dumps([found["results"], found["n-samples"]]), parse_float=lambda text: f"{float(text):.6g}")
+
+    one = evaluated()
+    assert len(one[0]) == len(files)
+    for size in (2, 5):
+        assert in_world(size, evaluated, Path(files[0]).parent / f"world{size}") == [one] * size
 
 
 # ---------------------------------------------------------------------------
@@ -339,19 +384,12 @@ def test_devices(monkeypatch):
 
 
 @pytest.mark.slow
-def test_torchrun(line, corpora, tmp_path):
+def test_torchrun(line, tasks, tmp_path):
     """The real thing: what is printed is what one process prints, once; the folder is the same to the last bit."""
-    task = tmp_path / "mine.yaml"
-    rows = [{"text": f"word{i} word{i + 1}", "choices": ["word1", "word2 word3"], "gold": i % 2} for i in range(7)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task.write_text(
-        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: gold\n"
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
+    task = tasks("mine", 7, CHOICES)
     outputs = {}
     for name, starter in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()])):
-        wanted = ["--tasks", str(task), "--preset", "plus", "--save", str(tmp_path / name), "--output_path", str(tmp_path / f"{name}.json")]
+        wanted = ["--tasks", task, "--preset", "plus", "--save", str(tmp_path / name), "--output_path", str(tmp_path / f"{name}.json")]
         command = [sys.executable, *starter, str(ROOT / "opt.py"), *line, *wanted]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
