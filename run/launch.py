@@ -1,10 +1,12 @@
 """Several processes, as torchrun starts them: how they meet, stay silent, and end together if one of them fails.
 
 The first that fails says so and leaves its exit status with the others, which end with the same.  One that was killed says nothing: each
-process shows every second that it lives, and where one has not done so for a while, the others name it and end.
+process shows every second that it lives, and where one has not done so for a while, the others name it and end.  Where the main thread
+waits for an exchange it sees no signal, so that a thread beside it ends the process.
 """
 
 import _thread
+import atexit
 import os
 import signal
 import socket
@@ -21,8 +23,8 @@ from tqdm import tqdm
 from processes import World
 from recipe import UsageError
 
-BEAT = 1  # seconds between two signs of life
-SILENT = 30  # without one, after which a process is lost
+BEAT = 1  # seconds between two signs of life; what follows is counted in such beats, so that time in which all stand still does not count
+SILENT = 30  # seconds without one, after which a process is lost
 SUSPECTED = 5  # the same, where an exchange has failed, or torchrun wants this process to end
 GRACE = 15  # seconds in which this process can clean up before it is ended
 MEETING = timedelta(minutes=10)  # in which all processes must have come
@@ -57,12 +59,19 @@ class Launch(threading.Thread):
         super().__init__(daemon=True)
         self.program, self.rank, self.size = program, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
-            self.store, *_ = next(dist.rendezvous("env://", self.rank, self.size, timeout=MEETING))
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.size, timeout=MEETING))
         except (RuntimeError, ValueError) as e:
             raise UsageError(f"process {self.rank}: finds no others ({str(e).splitlines()[0]}); start all of them with torchrun") from e
+        # With --max-restarts torchrun's store still has what the last processes left there.
+        self.store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.look = self.store.clone()  # a connection of its own, as the other one may be waiting
-        self.seen, self.lost = {}, None  # {rank: (sign, when)}, and which has ended
+        self.seen, self.lost = {}, None  # {rank: (sign, beats since it came)}, and which has ended
+        self.looks, self.cut_off = 0, False  # how often it has looked, and whether nothing answers any more where all meet
         self.stopped, self.suspicious = threading.Event(), False
+        self.signals, pipe = os.pipe()
+        for end in (self.signals, pipe):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)  # gets every signal at once, wherever the main thread is
         self.live()
         self.look.set(f"who {self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
 
@@ -86,10 +95,19 @@ class Launch(threading.Thread):
 
     def connect(self, device):
         """The World of these processes.  device: a torch.device, which every process must have for itself if it is a GPU."""
+        names = [f"device {rank}" for rank in range(self.size)]
         try:
-            self.store.wait([f"who {rank}" for rank in range(self.size)], MEETING)
+            self.store.set(names[self.rank], device.type)
+            self.store.wait(names, MEETING)
+            first, *others = kinds = [self.store.get(name).decode() for name in names]
         except RuntimeError as e:
             raise UsageError(f"not all of the {self.size} processes have come within {MEETING}") from e
+        if set(others) - {first}:  # they would wait for each other for ever
+            rank = next(rank for rank, kind in enumerate(kinds) if kind != first)
+            raise UsageError(
+                f"process {rank}{self.describe(rank)} computes on {kinds[rank]}, process 0 on {first}: PyTorch finds GPUs on some machines"
+                " only; say --device cpu, or start it where all have GPUs"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -111,6 +129,8 @@ class Launch(threading.Thread):
 
     def take_leave(self):
         """Let the process at which all meet, if torchrun's is not that, be the last to go."""
+        if self.cut_off:
+            return
         with suppress(RuntimeError):
             self.look.set(f"gone {self.rank}", "")
             if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -120,7 +140,7 @@ class Launch(threading.Thread):
     def is_first(self, text):
         """Whether no other process has said this before: what all have to say, one says."""
         try:
-            return self.look.add(f"said {text}", 1) == 1
+            return self.cut_off or self.look.add(f"said {text}", 1) == 1
         except RuntimeError:  # the process has ended at which all meet
             return True
 
@@ -130,6 +150,8 @@ class Launch(threading.Thread):
 
     def first_failure(self, status):
         """(rank, exit status) of the first process that fails; this one fails now."""
+        if self.cut_off:
+            return 0, status
         try:
             if self.look.add("failures", 1) == 1:
                 self.look.set("end", f"{self.rank} {status}")
@@ -180,29 +202,52 @@ class Launch(threading.Thread):
 
     def describe(self, rank):
         try:
-            return f" ({self.look.get(f'who {rank}').decode()})"
+            return "" if self.cut_off else f" ({self.look.get(f'who {rank}').decode()})"
         except RuntimeError:
             return ""
 
-    # ---- The thread ----
+    # ---- The threads ----
 
     def run(self):
-        while not self.stopped.wait(BEAT):
-            try:
-                self.live()
-                self.lost = self.find_lost()
-            except RuntimeError:  # the machine that all meet on is gone
-                self.lost = (0, None)
-            if self.lost is not None:
-                break
-        else:
-            return
+        """End this process when another one has ended, or when it is told to."""
+        threading.Thread(target=self.watch, daemon=True).start()
+        looks = unanswered = told = 0
+        while self.lost is None and told * BEAT < SUSPECTED + 2 * BEAT:
+            if self.stopped.wait(BEAT):
+                return
+            unanswered = unanswered + 1 if self.looks == looks else 0
+            looks = self.looks
+            if unanswered * BEAT > SILENT:
+                self.cut_off, self.lost = True, (0, None)
+            self.suspicious |= self.is_told()
+            told += self.suspicious
         if not self.suspicious:
             _thread.interrupt_main(signal.SIGTERM)
         if not self.stopped.wait(GRACE):  # in an exchange that never ends, say
-            status = self.report()
+            status = self.report() if self.lost else 128 + signal.SIGTERM
             sys.stderr.flush()
+            cleaning = threading.Thread(target=atexit._run_exitfuncs, daemon=True)  # which removes temporary folders
+            cleaning.start()
+            cleaning.join(SUSPECTED)
             os._exit(status)
+
+    def is_told(self):
+        """Whether a signal has come that ends this process."""
+        try:
+            return not {signal.SIGTERM, signal.SIGINT}.isdisjoint(os.read(self.signals, 100))
+        except BlockingIOError:
+            return False
+
+    def watch(self):
+        """Show that this process lives, and look for the others."""
+        while self.lost is None and not self.stopped.wait(BEAT):
+            try:
+                self.live()
+                lost = self.find_lost()
+            except RuntimeError:  # the machine that all meet on is gone
+                lost = (0, None)
+            self.lost = self.lost or lost
+            self.looks += 1
 
     def live(self):
         self.look.set(f"lives {self.rank}", repr(time.time()))
@@ -212,13 +257,14 @@ class Launch(threading.Thread):
         if self.look.check(["end"]):
             rank, status = map(int, self.look.get("end").split())
             return (rank, status) if rank != self.rank else None
-        now, limit = time.monotonic(), SUSPECTED if self.suspicious else SILENT
+        limit = SUSPECTED if self.suspicious else SILENT
         for rank in range(self.size):
             key = f"lives {rank}"
             if rank != self.rank and self.look.check([key]):
                 sign = self.look.get(key)
-                if self.seen.get(rank, (None,))[0] != sign:
-                    self.seen[rank] = sign, now
-                if now - self.seen[rank][1] > limit:
+                before, beats = self.seen.get(rank, (None, 0))
+                beats = beats + 1 if sign == before else 0
+                self.seen[rank] = sign, beats
+                if beats * BEAT > limit:
                     return rank, None
         return None

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from itertools import combinations_with_replacement
@@ -349,19 +350,93 @@ def test_others_end_when_one_is_killed_and_the_run_goes_on(victim, line, tmp_pat
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
+def has_ended(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or "Z" in state.read_text().split(")")[1]
+
+
 @pytest.mark.slow
-def test_a_process_that_only_stops_is_lost_too(line, tmp_path, hurried):
-    """No connection breaks then: an exchange would wait for ever."""
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_only_stops_is_lost_too(victim, line, tmp_path, hurried):
+    """No connection breaks then: an exchange would wait for ever, and so would the store, which process 0 has."""
+    other = 1 - victim
 
     def stop_and_end(pids):
-        when_finished(tmp_path / "run/block-00000.json", signal.SIGSTOP, 1)(pids)
-        while Path(f"/proc/{pids[0]}").exists() and "Z" not in Path(f"/proc/{pids[0]}/stat").read_text().split(")")[1]:
+        when_finished(tmp_path / "run/block-00000.json", signal.SIGSTOP, victim)(pids)
+        while not has_ended(pids[other]):
             time.sleep(0.05)
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[victim], signal.SIGKILL)
 
     ends = scripts(2, [*line, "--checkpoint_dir", str(tmp_path / "run")], tmp_path / "ends", stop_and_end)
-    assert os.waitstatus_to_exitcode(ends[0][0]) == 1
-    assert any("process 1 of 2" in text for text in ends[0][2])
+    assert os.waitstatus_to_exitcode(ends[other][0]) == 1
+    assert any(f"process {victim} of 2" in text for text in ends[other][2])
+
+
+@pytest.mark.slow
+def test_who_waits_for_an_exchange_can_be_told_to_end(line, tmp_path, hurried, monkeypatch):
+    """The main thread then sees no signal.  Its temporary folder is removed all the same."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+
+    def wait(*args):
+        world = args[-1]
+        (tmp_path / f"waits{world.rank}").touch()
+        while not world.first:
+            time.sleep(0.05)
+        world.barrier()
+
+    monkeypatch.setattr("run.pipeline.calibration_place", wait)
+
+    def tell(pids):
+        when_finished(tmp_path / "waits0", 0, 0)(pids)
+        when_finished(tmp_path / "waits1", 0, 1)(pids)
+        time.sleep(0.2)
+        assert list((tmp_path / "scratch").glob("awrq-*"))
+        os.kill(pids[0], signal.SIGTERM)
+
+    ends = scripts(2, line, tmp_path / "ends", tell)
+    assert os.waitstatus_to_exitcode(ends[0][0]) == 128 + signal.SIGTERM
+    assert not list((tmp_path / "scratch").glob("awrq-*"))
+
+
+@pytest.mark.slow
+def test_processes_on_different_devices(line, tmp_path, monkeypatch):
+    """As with a machine on which PyTorch finds no GPU: they would never meet."""
+    monkeypatch.setattr("run.pipeline.find_device", lambda _: torch.device("cuda" if os.environ["RANK"] == "1" else "cpu"))
+    ends = scripts(2, line, tmp_path / "ends")
+    assert [os.waitstatus_to_exitcode(status) for status, *_ in ends] == [2, 2]
+    said = [text for _, _, lines in ends for text in lines]
+    assert len(said) == 1 and "computes on cuda, process 0 on cpu" in said[0]
+
+
+def test_a_launch_does_not_read_what_the_last_one_left(monkeypatch):
+    """As with torchrun --max-restarts, whose store stays."""
+    left = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(left, 0, 2)]))
+    for rank, restarts, lost in ((0, 0, None), (1, 0, (0, 7)), (1, 1, None)):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": restarts}.items():
+            monkeypatch.setenv(name, str(value))
+        launched = Launch("opt.py")
+        assert launched.find_lost() == lost
+        if not rank:
+            launched.first_failure(7)
+    signal.set_wakeup_fd(-1)
+
+
+def test_where_all_stand_still_none_is_lost(monkeypatch):
+    """A machine that sleeps, or a job that its cluster suspends: no process shows that it lives, and none looks."""
+    left = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(left, 0, 2)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launches = [monkeypatch.setenv("RANK", str(rank)) or Launch("opt.py") for rank in range(2)]
+    signal.set_wakeup_fd(-1)
+    assert launches[0].find_lost() is None
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+    assert launches[0].find_lost() is None
+    for _ in range(launch.SILENT):
+        found = launches[0].find_lost()
+    assert found == (1, None)
 
 
 @pytest.mark.slow
