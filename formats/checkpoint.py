@@ -182,6 +182,19 @@ class Store:
         """Keep block i, which is finished.  made: a run.quantize.Made; layers: a list for JSON; streams: Sequences after it, which
         only a ResumableStore keeps.
         """
+        if self.folder is None:
+            self.blocks[i] = self._tensors(made)
+        else:
+            sums = None
+            if self.writes:
+                sums = write_shard(self.shard(i), {f"{self.prefix}{i}.{name}": t for name, t in self._tensors(made).items()})
+            before = self.world.gather(sums)[: self.world.rank + 1]  # now every writer has written
+            sums = next(part for part in reversed(before) if part is not None)  # of the one that writes for this process
+            self.blocks[i] = {name.removeprefix(f"{self.prefix}{i}."): found for name, found in sums.items()}
+        self.layers[i] = layers
+
+    def _tensors(self, made):
+        """What is stored of a finished block: {name: tensor}, in host memory."""
         block, codes = made.block, made.codes
         if self.packs:
             tensors = {name: t for name, t in block.state_dict().items() if name.removesuffix(".weight") not in codes}
@@ -190,14 +203,7 @@ class Store:
         else:
             tensors = {f"{name}.smooth_scale": s for name, s in made.scales.items()}
         # A copy of each, as linears that read one input share their in_scale, and nothing of the block must stay alive.
-        tensors = {name: self.as_stored(t.cpu(), name).clone() for name, t in tensors.items()}
-        if self.folder is None:
-            self.blocks[i] = tensors
-        else:
-            named = {f"{self.prefix}{i}.{name}": t for name, t in tensors.items()}
-            sums = self.world.share(write_shard(self.shard(i), named) if self.writes else None)
-            self.blocks[i] = {name.removeprefix(f"{self.prefix}{i}."): found for name, found in sums.items()}
-        self.layers[i] = layers
+        return {name: self.as_stored(t.cpu(), name).clone() for name, t in tensors.items()}
 
     def agree(self):
         """Go on with the folder and the finished blocks that the first process has."""

@@ -110,6 +110,16 @@ def check_space(run, subject, decoder):
             )
 
 
+def check_scratch(needed):
+    """Raises UsageError if the folder of temporary files has no room for so many bytes of quantized blocks."""
+    folder = tempfile.gettempdir()
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UsageError(
+            f"no room for the quantized blocks: they take about {needed / 2**30:.2f} GiB, and {folder} has {free / 2**30:.2f} GiB left;"
+            " let TMPDIR name a folder with more, or give --save"
+        )
+
+
 def check_writable(path):
     """Raises UsageError unless a file can be written at path (its folder is made if need be), or path is None."""
     if path is None:

@@ -14,7 +14,7 @@ from datautils import check_corpora, load_text
 from evaluation.perplexity import perplexity
 from evaluation.speed import decode, prefill
 from formats.card import add_results, size_line, tensor_bytes
-from formats.checkpoint import Store, check_saved, computes_integers, load_packed_config, open_checkpoint
+from formats.checkpoint import Store, check_saved, computes_integers, load_packed_config, open_checkpoint, packed_bytes
 from formats.export import export
 from formats.hub import push
 from formats.resume import ResumableStore, abbreviate, check_shared, describe_config, differences, run_identity
@@ -24,7 +24,7 @@ from modelutils import check_vocabulary, default_walk_batch, load_config, load_t
 from processes import ALONE, World
 from recipe import METHODS, Recipe, UsageError
 from rotate import check_rotation, rotated, untying
-from run.checks import check_lengths, check_sharing, check_space, check_targets, check_text, check_writable
+from run.checks import check_lengths, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
 from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
@@ -242,6 +242,8 @@ def new_store(decoder, recipe, folder, world):
         return Store(decoder, recipe, shared, world)
     if world.size == 1 or METHODS[recipe.method].weights is None:
         return Store(decoder, recipe)
+    if world.local_rank == 0:
+        check_scratch(packed_bytes(decoder, recipe))
     temporary = tempfile.TemporaryDirectory(prefix="awrq-") if world.local_rank == 0 else None
     names = world.gather(temporary and temporary.name)
     store = Store(decoder, recipe, names[world.rank - world.local_rank], world, writes=world.local_rank == 0)

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from processes import World, in_turn
 from recipe import PRESETS, Recipe, UsageError
 from rotate import rotated
 from run import launch
+from run.checks import check_scratch
 from run.launch import Launch
 from run.quantize import quantize_blocks
 from run.tune import tune
@@ -170,6 +172,29 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     whole = {f"{i}.{name}": q for i in range(2) for name, (q, _) in store.codes(i).items()}
     for of in again:
         assert of["before"] == 1 and all((q == of["codes"][name]).double().mean() >= 0.9999 for name, q in whole.items())
+
+
+@pytest.mark.slow
+def test_each_machine_has_the_blocks(tmp_path):
+    """Two machines, each with a folder of its own: one of one process, and one of two."""
+
+    def made(world):
+        (folder := tmp_path / f"machine{min(world.rank, 1)}").mkdir(exist_ok=True)
+        store = Store(decoder_of(tiny_model(*LLAMA)), recipe, folder, world, writes=world.rank < 2)
+        blocks = quantize_blocks(store.original, IDS, recipe, store, walk_batch=WALK)
+        return [sorted(store.read(layers[0].block)) for layers in blocks]
+
+    recipe = Recipe(method="rtn", **A)
+    first, *others = in_world(3, made, tmp_path / "world")
+    assert first[0] and others == [first] * 2
+    assert all(list((tmp_path / f"machine{k}").glob("*.safetensors")) for k in range(2))
+
+
+def test_no_room_for_the_blocks(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**29))
+    check_scratch(2**29)
+    with pytest.raises(UsageError, match=r"take about 1.00 GiB, and /.* has 0.50 GiB left; let TMPDIR name a folder"):
+        check_scratch(2**30)
 
 
 @pytest.fixture
