@@ -9,6 +9,8 @@ from pathlib import Path
 from formats.checkpoint import check_packable, packed_bytes
 from formats.export import check_export
 from formats.hub import check_push
+from formats.resume import abbreviate, differences
+from formats.shards import sha256
 from recipe import METHODS, UsageError
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -34,6 +36,20 @@ def check_sharing(run, recipe, world):
             raise UsageError(
                 f"--{flag}: times one process; leave it out with torchrun, and time what --save wrote with --load, without torchrun"
             )
+
+
+def check_same(world, protocol, ids, texts):
+    """Raises UsageError unless the processes of several machines have the same text and tasks: they would find nonsense, or never meet.
+
+    ids: the calibration sequences or None; texts: {corpus: ids (N,)}.
+    """
+    if world.size == 1:
+        return
+    tokens = {name: sha256(found) for name, found in texts.items()} | ({} if ids is None else {"calibration": sha256(ids)})
+    first, *others = world.gather(protocol | {"tokens": tokens})
+    for rank, found in enumerate(others, 1):
+        if other := list(differences(found, first)):
+            raise UsageError(f"process {rank} has other data than process 0: {abbreviate(other)}; give all machines the same files")
 
 
 def check_lengths(run, config):

@@ -24,7 +24,7 @@ from modelutils import check_vocabulary, default_walk_batch, load_config, load_t
 from processes import ALONE, World
 from recipe import METHODS, Recipe, UsageError
 from rotate import check_rotation, rotated, untying
-from run.checks import check_lengths, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
+from run.checks import check_lengths, check_same, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
 from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
@@ -88,6 +88,7 @@ def execute(run, launch=None):
     )
     check_vocabulary(subject.config, [ids, *texts.values()])
     protocol["tasks"] = task_protocols(tasks, run, tokenizer)
+    check_same(world, protocol, ids, texts)
 
     # ---- Numbers, each written as soon as it is known ----
     about = {"model": subject.model, "protocol": protocol, "walk_batch": walk.batch, "processes": world.size}

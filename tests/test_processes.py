@@ -18,6 +18,7 @@ import torch
 from conftest import CPU, forked, in_world, messages, quantize, tiny_model, token_ids, toy_tokenizer
 
 import opt
+from datautils import load_text
 from evaluation.perplexity import perplexity
 from evaluation.zeroshot import load_tasks, zero_shot
 from formats.checkpoint import Store
@@ -338,6 +339,21 @@ def test_what_is_wrong_is_said_once(wrong, line, tmp_path):
     assert [os.waitstatus_to_exitcode(status) for status, *_ in ends] == [2, 2]
     said = [text for _, _, lines in ends for text in lines]
     assert len(said) == 1 and said[0].startswith("opt.py: error: ") and FAULTS[wrong] in said[0]
+
+
+@pytest.mark.slow
+def test_processes_with_different_data(line, tmp_path, monkeypatch):
+    """As on two machines whose --data_dir is not the same."""
+
+    def load(*args):
+        ids, texts, protocol = load_text(*args)
+        return ids.flip(0) if os.environ["RANK"] == "1" else ids, texts, protocol
+
+    monkeypatch.setattr("run.pipeline.load_text", load)
+    ends = scripts(2, line, tmp_path / "ends")
+    assert [os.waitstatus_to_exitcode(status) for status, *_ in ends] == [2, 2]
+    said = [text for _, _, lines in ends for text in lines]
+    assert len(said) == 1 and "process 1 has other data than process 0: tokens.calibration is" in said[0]
 
 
 @pytest.fixture
