@@ -221,7 +221,7 @@ class Launch(threading.Thread):
                 self.cut_off, self.lost = True, (0, None)
             self.suspicious |= self.is_told()
             told += self.suspicious
-        if not self.suspicious:
+        if not self.suspicious and not self.stopped.is_set():  # else it is on its way out
             _thread.interrupt_main(signal.SIGTERM)
         if not self.stopped.wait(GRACE):  # in an exchange that never ends, say
             status = self.report() if self.lost else 128 + signal.SIGTERM
