@@ -359,7 +359,7 @@ def test_processes_with_different_data(line, tmp_path, monkeypatch):
 @pytest.fixture
 def hurried(monkeypatch):
     """Shorter times after which a process counts as lost."""
-    for name, value in {"BEAT": 0.1, "SUSPECTED": 1.5, "SILENT": 4, "GRACE": 2}.items():
+    for name, value in {"BEAT": 0.1, "SUSPECTED": 3, "SILENT": 8, "GRACE": 2}.items():
         monkeypatch.setattr(launch, name, value)
 
 
@@ -376,13 +376,14 @@ def when_finished(file, signal_of, victim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_others_end_when_one_is_killed_and_the_run_goes_on(victim, line, tmp_path, hurried):
+def test_others_end_when_one_is_killed_and_the_run_goes_on(victim, line, tmp_path, hurried, monkeypatch):
     argv = [*line, "--checkpoint_dir", str(tmp_path / "run"), "--save", str(tmp_path / "saved"), "--output_path", str(tmp_path / "r.json")]
     ends = scripts(3, argv, tmp_path / "ends", when_finished(tmp_path / "run/block-00000.json", signal.SIGKILL, victim))
     said = [text for _, _, lines in ends for text in lines if "error" in text]
     assert [os.waitstatus_to_exitcode(status) for status, *_ in ends] == [-9 if rank == victim else 1 for rank in range(3)], ends
     assert set(said) == set(said[:1]) and f"process {victim} of 3" in said[0] and "killed or cannot be reached" in said[0]
     assert not (tmp_path / "saved").exists() and not (tmp_path / "r.json").exists()
+    monkeypatch.undo()  # a busy machine may keep a process from its sign of life for seconds
     again = scripts(2, argv, tmp_path / "again")
     assert [status for status, *_ in again] == [0, 0], again
     whole = scripts(1, [*line, "--save", str(tmp_path / "whole"), "--output_path", str(tmp_path / "whole.json")], tmp_path / "one")
