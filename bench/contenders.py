@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench import cublaslt
 from bench.timing import Missing, enough_copies, random_matrix
 from bench.tune import random_weight
 from kernels import cuda
@@ -135,6 +136,18 @@ def full(dtype, rows, columns, device):
     def calls(tokens):
         x = random_matrix(tokens, columns, dtype, device)
         return [partial(F.linear, x, weight) for weight in weights]
+
+    return calls
+
+
+def full_best(rows, columns, device):
+    """The same in float16, by the fastest of cuBLASLt's algorithms for each number of tokens."""
+    library, weights = cublaslt.library(device), copies(device, random_matrix(rows, columns, torch.float16, device))
+    workspace = torch.empty(cublaslt.WORKSPACE, dtype=torch.uint8, device=device)
+
+    def calls(tokens):
+        x, y = random_matrix(tokens, columns, torch.float16, device), torch.empty(tokens, rows, dtype=torch.float16, device=device)
+        return cublaslt.best(cublaslt.Product(library, tokens, rows, columns), x, weights, y, workspace)
 
     return calls
 
@@ -285,6 +298,9 @@ OURS = {  # and PyTorch's
     "w4a8 batch": Contender(partial(w4a8, together=False), "quantization, product, bias, of sequences of one token", 4, 2, 2, "int8"),
     "w4a8 product": Contender(w4a8_product, "product, bias", 4, 1, 2, "int8"),
     **{name: Contender(partial(full, dtype), "product", 16, 2, 2, name) for name, dtype in FLOATS.items()},
+    "cuBLASLt best": Contender(
+        full_best, f"product, the fastest algorithm, at most {cublaslt.WORKSPACE >> 20} MiB of workspace", 16, 2, 2, "float16"
+    ),
     "int8 product": Contender(int8_product, "product, int32 out", 8, 1, 4, "int8"),
     "fp8 product": Contender(fp8_product, "product", 8, 1, 2, "int8"),
     "tinygemm W4A16": Contender(tinygemm, "product", 4, 2, 2, "bfloat16"),

@@ -58,9 +58,9 @@ def bench_layer(rows, columns, tokens, device, ceiling, contenders):
                 calls[name] = make(m), contenders[name].graph
             except Exception as e:  # see rounds_in_turn
                 missing[name] = reason(e)
-        found = both_ways_in_turn(calls, device)
+        found, chosen = both_ways_in_turn(calls, device), {name: getattr(made, "chosen", None) for name, (made, _) in calls.items()}
         for name in makers:
-            config = configuration(device, m, rows, columns) if name.startswith("w4a8") else None
+            config = configuration(device, m, rows, columns) if name.startswith("w4a8") else chosen.get(name)
             cell = layer | NOTHING | {"contender": name, "tokens": m, "config": config, "reason": missing.get(name)}
             yield cell | (found[name] | rated(found[name], contenders[name], ceiling, rows, columns, m) if name in found else {})
 
@@ -174,6 +174,7 @@ def start(device, kind):
             "weights": "random; copies of more than four times the L2 cache in turn",
             "times": "microseconds per call: median, 20th and 80th percentile of rounds",
             "float16": "PyTorch's default settings, which let cuBLAS add up parts in float16; no bias",
+            "config": "which kernel, and its splits; of cuBLASLt, which of the algorithms that it offers, and bytes of workspace",
             "rounds": f"contenders in turn; as a graph each for {SHORTEST} s or more",
             "clocks": "lowest, median and highest, read every 100 ms while a layer or model is timed",
         },
