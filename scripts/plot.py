@@ -22,7 +22,7 @@ from run.report import table
 
 BASE, OURS = "float16", "w4a8"
 COLOURS = dict(zip((OURS, "w4a8 product", "bfloat16", "int8 product"), ("#0072b2", "#56b4e9", "#999999", "#d55e00"), strict=True))
-OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#8c510a", "#542788")  # of further contenders, in their order
+OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#8c510a", "#542788", "#f0e442", "#000000", "#a6761d")  # of others, then with dashes again
 CASES = (("decode", 1, 1024), ("decode", 16, 1024), ("prefill", 1, 512), ("prefill", 1, 2048))  # phase, batch, tokens: what is drawn
 CASE_COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00")
 PANEL = (3.1, 2.5)  # inches
@@ -83,7 +83,9 @@ def draw_tokens(report, path):
     tokens = sorted({c["tokens"] for c in report["cells"] if c["tokens"]})
     ticks = [m for m in tokens if m in (1, 4, 16, 64, 256, 1024, 4096)] if len(tokens) > 7 else tokens
     others = [name for name in report["contenders"] if name not in COLOURS and name != BASE]
-    colours = COLOURS | dict(zip(others, OTHERS, strict=False))
+    others = [name for name in others if any(c["contender"] == name and best_time(c) for c in report["cells"])]
+    styles = {name: (colour, "-") for name, colour in COLOURS.items()}
+    styles |= dict(zip(others, [(colour, style) for style in ("-", ":", "-.") for colour in OTHERS], strict=False))
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
     figure, axes = plt.subplots(
@@ -91,13 +93,12 @@ def draw_tokens(report, path):
     )
     for axis, layer in zip(axes.flat, layers, strict=False):
         shape = layer["rows"], layer["columns"]
-        for name, colour in colours.items():
+        for name, (colour, style) in styles.items():
             ratios = [speedup(*(cells.get((*shape, which, m)) for which in (BASE, name))) for m in tokens]
             points = [(m, r) for m, r in zip(tokens, ratios, strict=True) if r is not None]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), color=colour, label=name, marker="o", markersize=3, linewidth=2 if name == OURS else 1
-                )
+                how = {"color": colour, "linestyle": style, "linewidth": 2 if name == OURS else 1}
+                axis.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3, **how)
         ideal = [(cells.get((*shape, BASE, m)), cells.get((*shape, OURS, m))) for m in tokens]
         roof = [
             (m, a["ideal_us"] / b["ideal_us"])
@@ -206,6 +207,11 @@ def layer_table(report):
     return section(report, "Linear layers", table(header, rows), notes)
 
 
+def attentions(report):
+    """Which of transformers' attentions the models ran."""
+    return ", ".join(sorted({f"transformers' {model['attention']}" for model in report["models"] if "attention" in model})) or "unknown"
+
+
 def block_table(report):
     """Every case of every model: FP16 and W4A8 in milliseconds, tokens a second, memory."""
     rows, slower = [], 0
@@ -227,7 +233,7 @@ def block_table(report):
     header += ("FP16 tokens/s", "W4A8 tokens/s", "FP16 GiB", "W4A8 GiB", "remarks")
     notes = [
         f"Slower than FP16 in {slower} of {len(rows)} cells, in bold.",
-        "Both sides: the same attention, q/k/v as one product, gate/up too.",
+        f"Both sides: the same attention ({attentions(report)}), q/k/v as one product, gate/up too.",
         "Tokens/s are those of the blocks that were run: of a model that has more, they are not its own.",
     ]
     return section(report, "Blocks and models", table(header, rows), notes)
