@@ -4,6 +4,7 @@ The adapters to others' kernels give them random numbers in the shapes that they
 written from the interfaces as published and have not been run yet; one that fails is reported as missing, with what it said.
 """
 
+import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -190,6 +191,8 @@ def tinygemm(rows, columns, device, group=128):
     scale_zero = torch.rand(columns // group, rows, 2, device=device).to(torch.bfloat16)
 
     def calls(tokens):
+        if tokens > 64:
+            raise Missing("is made for few tokens, takes 20 times as long as float16 for many")
         x = random_matrix(tokens, columns, torch.bfloat16, device)
         return [partial(torch.ops.aten._weight_int4pack_mm, x, weight, group, scale_zero) for weight in weights]
 
@@ -243,6 +246,42 @@ def vllm_marlin(rows, columns, device):
         nothing = dict.fromkeys(("c", "b_bias", "a_scales", "global_scale", "b_zeros", "g_idx", "perm"))
         fixed = nothing | sizes | {"a": x, "b_scales": scale, "workspace": workspace, "b_q_type": types.uint4b8, "use_fp32_reduce": True}
         return [partial(ops.marlin_gemm, b_q_weight=weight, **fixed) for weight in weights]
+
+    return calls
+
+
+def vllm_machete(rows, columns, device):
+    """vLLM's 4-bit product for Hopper, a scale per row."""
+    ops, types = installed("vllm._custom_ops", device), installed("vllm.scalar_type", device).scalar_types
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        raise Missing("runs on compute capability 9.0 alone")
+    if not hasattr(ops, "machete_mm"):
+        raise Missing("this vllm has no machete_mm")
+    if rows % 128 or columns % 64:
+        raise Missing("takes rows in multiples of 128, columns in multiples of 64")
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, (rows, columns // 8), dtype=torch.int32, device=device).T  # (C / 8, R), by columns
+    weights = copies(device, ops.machete_prepack_B(words, torch.float16, types.uint4b8, torch.float16))
+    fixed = {"b_type": types.uint4b8, "b_group_scales": torch.rand(1, rows, device=device).to(torch.float16), "b_group_size": -1}
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.float16, device)
+        return [partial(ops.machete_mm, a=x, b_q=weight, **fixed) for weight in weights]
+
+    return calls
+
+
+def humming(inputs, rows, columns, device):
+    """Humming's layer of 4-bit weights, a scale per row; inputs: a type of its own, to which it quantizes each token, or float16."""
+    layers = installed("humming.layer", device)
+    how = {"weight_config": {"dtype": "int4"}, "input_config": {"dtype": inputs}, "torch_dtype": torch.float16}
+    layer = layers.HummingLayer(shape_n=rows, shape_k=columns, **how).to(device)
+    layer.load_from_unquantized(random_matrix(rows, columns, torch.float16, device))
+    layer.transform()
+    all_layers = [layer, *(copy.deepcopy(layer) for _ in range(enough_copies(device, rows * columns // 2) - 1))]
+
+    def calls(tokens):
+        x = random_matrix(tokens, columns, torch.float16, device)
+        return [partial(layer, x) for layer in all_layers]
 
     return calls
 
@@ -308,6 +347,9 @@ OURS = {  # and PyTorch's
 OTHERS = {
     "Marlin W4A16": Contender(marlin, "product", 4, 2, 2, "float16"),
     "vLLM Marlin W4A16": Contender(vllm_marlin, "product", 4, 2, 2, "float16"),
+    "vLLM Machete W4A16": Contender(vllm_machete, "product", 4, 2, 2, "float16"),
+    "Humming W4A16": Contender(partial(humming, "float16"), "product", 4, 2, 2, "float16"),
+    "Humming W4A8": Contender(partial(humming, "int8"), "quantization, product", 4, 2, 2, "int8"),
     "vLLM W8A8": Contender(vllm_w8a8, "quantization, product", 8, 2, 2, "int8"),
     "QServe W4A8 product": Contender(qserve, "product", 4, 1, 2, "int8", graph=False),  # it launches on the default stream
     "torchao W4A8 product": Contender(torchao, "product", 4, 1, 2, "int8"),

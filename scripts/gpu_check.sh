@@ -47,7 +47,7 @@ step() {  # step NAME LIMIT COMMAND...: runs it, with --quick for no more second
 skip() { note "$1" 0 "skipped: $2"; }
 
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem --format=csv
-bench() { step bench 60 "$PYTHON" -m bench.linears --models llama-13b --tokens "$1" --output_path "${files}_bench.json"; }
+bench() { step bench 75 "$PYTHON" -m bench.linears --models llama-13b --tokens "$1" --output_path "${files}_bench.json"; }
 
 step build 60 "$PYTHON" -m kernels.build --arch "$arch"
 [ "$arch" = 90 ] && step wgmma 30 timeout 120 "$PYTHON" -m bench.check --wgmma --output_path "${files}_wgmma.json"
@@ -57,7 +57,7 @@ step check 80 "$PYTHON" -m bench.check --output_path "$files.json"
 
 sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 watch=(--report-api-errors no --error-exitcode 9)  # libraries ask the driver for what it may not have: no error of a kernel
-for tool in memcheck:40 racecheck:90; do
+for tool in memcheck:40 racecheck:75; do
   limit=${tool#*:} tool=${tool%:*}
   if [ -z "$sanitizer" ]; then
     skip $tool "no compute-sanitizer"

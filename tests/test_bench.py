@@ -373,6 +373,23 @@ def made_up(layers):
     return report
 
 
+def test_every_contender_that_was_timed_is_drawn(layers, tmp_path, monkeypatch):
+    """However many there are, each with a look of its own; those without a time take none."""
+    report, drawn = made_up(layers), {}
+    names = [f"contender {i}" for i in range(20)]
+    report["contenders"] |= dict.fromkeys(names)
+    report["cells"] += [cell | {"contender": name} for name in names for cell in report["cells"] if cell["contender"] == "bfloat16"]
+
+    def plotted(axis, *points, real=plot.plt.Axes.plot, **how):
+        drawn[how.get("label")] = how.get("color"), how["linestyle"]
+        return real(axis, *points, **how)
+
+    monkeypatch.setattr(plot.plt.Axes, "plot", plotted)
+    plot.draw_tokens(report, tmp_path / "tokens.png")
+    looks = [drawn[name] for name in (*names, "w4a8", "w4a8 batch", "bfloat16", "int8 product")]
+    assert len(set(looks)) == 24 and "Marlin W4A16" not in drawn
+
+
 def test_only_times_of_one_kind_are_compared():
     graph, eager = ({"graph": a, "eager": dict.fromkeys(TIME, b)} for a, b in ((dict.fromkeys(TIME, 10), 30), (None, 60)))
     assert linears.speedup(graph, eager) == 0.5 and linears.speedup(eager, graph) == 2 and linears.speedup(graph, graph) == 1
@@ -399,6 +416,7 @@ def test_block_table_says_why_a_cell_is_empty(whole):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| tiny-llama")]
     assert rows[0][5:8] == ["–", "3.000", "–"] and rows[0][-1] == "float16: out of memory"
     assert rows[1][5:8] == ["2.000", "3.000", "**0.67x**"] and "Slower than FP16 in 5 of 6 cells" in text
+    assert "the same attention (transformers' sdpa)" in text
     assert plot.model_speedup(report, "tiny-llama", ("prefill", 1, 8)) == (None, "float16: out of memory")
     assert plot.model_speedup(report, "tiny-llama", ("decode", 1, 6))[0] == pytest.approx(2 / 3)
 
@@ -470,3 +488,81 @@ def test_kernels_that_cannot_be_built_are_one_line(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(f"bench.{module}", run_name="__main__")
     assert stopped.value.code == 2 and capsys.readouterr().err == f"python -m bench.{module}: error: no nvcc\n"
+
+
+# ---------------------------------------------------------------------------
+# Kernels of others
+
+
+class Ops:
+    """vllm._custom_ops, as far as Machete goes: with its signatures and what its kernels ask of their tensors."""
+
+    @staticmethod
+    def machete_prepack_B(b_q_weight, a_type, b_type, group_scales_type):  # noqa: N802  vLLM's name
+        assert (
+            b_q_weight.dtype == torch.int32
+            and b_q_weight.stride(0) == 1
+            and (a_type, b_type, group_scales_type) == (torch.float16, 4, torch.float16)
+        )
+        return torch.empty_like(b_q_weight, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def machete_mm(a, b_q, b_type, out_type=None, b_group_scales=None, b_group_zeros=None, b_group_size=None, schedule=None):
+        assert a.is_contiguous() and a.shape[1] == 8 * b_q.shape[0] and b_type == 4 and b_group_size == -1
+        assert b_group_scales.shape == (1, b_q.shape[1]) and b_group_scales.dtype == a.dtype == torch.float16
+        return a.new_zeros(len(a), b_q.shape[1])
+
+
+class HummingLayer(torch.nn.Module):
+    """humming.layer.HummingLayer: with its arguments, and in its order of calls."""
+
+    def __init__(self, shape_n, shape_k, weight_config, input_config=None, torch_dtype=None):
+        super().__init__()
+        assert weight_config == {"dtype": "int4"} and input_config["dtype"] in ("float16", "int8") and torch_dtype == torch.float16
+        self.shape, self.ready = (shape_n, shape_k), None
+        self.weight = torch.nn.Parameter(torch.zeros(shape_n, shape_k // 8, dtype=torch.int32), requires_grad=False)
+
+    def load_from_unquantized(self, tensor):
+        assert tensor.shape == self.shape and tensor.dtype == torch.float16
+        self.ready = False
+
+    def transform(self):
+        assert self.ready is False
+        self.ready = True
+
+    def forward(self, inputs):
+        assert self.ready and inputs.shape[1] == self.shape[1]
+        return inputs.new_zeros(len(inputs), self.shape[0])
+
+
+def test_kernels_of_others_are_called_as_published(monkeypatch):
+    """By stand-ins with their signatures, which check what they are given; each copy of a weight in memory of its own."""
+    types = type("Types", (), {"uint4b8": 4})
+    modules = {"vllm._custom_ops": Ops, "vllm.scalar_type": type("", (), {"scalar_types": types}), "humming.layer": type("", (), {})}
+    modules["humming.layer"].HummingLayer = HummingLayer
+    monkeypatch.setattr(contenders, "installed", lambda name, device: modules[name])
+    monkeypatch.setattr(contenders, "enough_copies", lambda device, size: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("vLLM Machete W4A16", "Humming W4A16", "Humming W4A8"):
+        calls = contenders.CONTENDERS[name].make(256, 128, CPU)(5)
+        assert [call().shape for call in calls] == [(5, 256)] * 3
+        held = [call.keywords.get("b_q", getattr(call.func, "weight", None)) for call in calls]
+        assert len({weight.data_ptr() for weight in held}) == 3
+    with pytest.raises(contenders.Missing, match="multiples of 128"):
+        contenders.vllm_machete(100, 128, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(contenders.Missing, match="compute capability 9.0"):
+        contenders.vllm_machete(256, 128, CPU)
+
+
+def test_pytorchs_4_bit_product_of_many_tokens_is_not_timed(monkeypatch):
+    gpu = type("GPU", (), {"type": "cuda"})()
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(8, dtype=torch.uint8))
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.zeros(size))
+    monkeypatch.setattr(contenders, "copies", lambda *_: [])
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda *_: None)
+    monkeypatch.setattr(contenders, "random_matrix", lambda *_: None)
+    calls = contenders.tinygemm(128, 128, gpu)
+    assert calls(64) == []
+    with pytest.raises(contenders.Missing, match="made for few tokens"):
+        calls(65)
