@@ -50,7 +50,7 @@ def poisoned(library, x, weight, config, parts, settings=((8, False, False), Non
         memory = torch.full((size + 256,), 255, dtype=torch.uint8, device=x.device)
         return memory[-memory.data_ptr() % 256 :]
 
-    return cuda.launch(library, x, y, weight, *settings, config, parts, stream, empty, producer=producer)
+    return cuda.launch(library, x, y, weight, *settings, config, parts, stream, empty, producer)
 
 
 def random_producers(columns, dtype):

@@ -77,7 +77,7 @@ def w4a8_product(rows, columns, device):
 
         def run(weight, steps):
             stream = torch.cuda.current_stream(device).cuda_stream
-            cuda.launch(library, x, y, weight, (8, False, False), None, config, parts, stream, workspace, steps)
+            cuda.launch(library, x, y, weight, (8, False, False), None, config, parts, stream, workspace, kernels.NOTHING, steps)
 
         run(weights[0], cuda.QUANTIZE)
         return [partial(run, weight, cuda.MULTIPLY) for weight in weights]
@@ -104,7 +104,7 @@ def quantization(what, columns, device):
 
         def run():
             stream = torch.cuda.current_stream(device).cuda_stream
-            cuda.launch(library, x, y, weight, (8, True, False), None, config, 1, stream, workspace, cuda.QUANTIZE, producer)
+            cuda.launch(library, x, y, weight, (8, True, False), None, config, 1, stream, workspace, producer, cuda.QUANTIZE)
 
         return [run]
 

@@ -38,7 +38,7 @@ def run(library, x, weight, config, parts):
     def empty(size):
         return torch.empty(size, dtype=torch.uint8, device=x.device)
 
-    return cuda.launch(library, x, y, weight, (8, False, False), None, config, parts, stream, empty)
+    return cuda.launch(library, x, y, weight, (8, False, False), None, config, parts, stream, empty, kernels.NOTHING)
 
 
 def equal(y, wanted, weight):

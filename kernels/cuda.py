@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from kernels import NOTHING
 from kernels.build import BuildError, build
 from recipe import UsageError
 
@@ -181,7 +180,7 @@ def producer_number(producer):
     return 2 if producer.gated else 1 if producer.norm is not None else 0
 
 
-def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, steps=BOTH, producer=NOTHING):
+def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, producer, steps=BOTH):
     """y (B, T, R) from x (B, T, C) by one configuration; from x (B, T, 2 C) with a gated producer.
 
     acts: (act_bits, per_token, sym); stream: its address; empty(bytes): memory for the way, of any contents; steps: MULTIPLY takes the
@@ -206,7 +205,7 @@ def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, s
     return y
 
 
-def linear(x, weight, act_bits, per_token, sym, lengths, producer=NOTHING):
+def linear(x, weight, act_bits, per_token, sym, lengths, producer):
     """The op on a GPU, on its current stream, for checked arguments."""
     if weight.groupsize < weight.columns and (weight.groupsize % 64 or weight.groupsize > 1024):
         raise UsageError(
@@ -227,5 +226,5 @@ def linear(x, weight, act_bits, per_token, sym, lengths, producer=NOTHING):
             parts,
             torch.cuda.current_stream().cuda_stream,
             lambda n: torch.empty(n, dtype=torch.uint8, device=x.device),
-            producer=producer,
+            producer,
         )

@@ -56,4 +56,4 @@ def emulate(
         return guarded(library, torch.full((size,), 255, dtype=torch.uint8), 256)
 
     how = (weight, (bits, per_token, sym), lengths, config, parts, None, empty)
-    return cuda.launch(library, guarded(library, x), y, *how, producer=producer)
+    return cuda.launch(library, guarded(library, x), y, *how, producer)

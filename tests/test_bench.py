@@ -138,7 +138,7 @@ def test_quantization_alone_is_the_first_step(monkeypatch):
         for tokens, config in ((16, "decode"), (17, "128x64")):
             (call,) = contenders.quantization(what, 32, fake)(tokens)
             call()
-            _, x, y, weight, acts, _, found, *_, steps, producer = seen.pop()
+            _, x, y, weight, acts, _, found, *_, producer, steps = seen.pop()
             assert (weight, acts, found, steps, cuda.producer_number(producer)) == (
                 "weight",
                 (8, True, False),
@@ -199,7 +199,7 @@ def test_the_product_alone_is_the_second_step(monkeypatch):
     seen = []
     monkeypatch.setattr(cuda, "library", lambda device: "library")
     monkeypatch.setattr(cuda, "dispatch", lambda *shape: ("128x16", 2))
-    monkeypatch.setattr(cuda, "launch", lambda *args: seen.append((args[-1], args[-2](64).data_ptr())))
+    monkeypatch.setattr(cuda, "launch", lambda *args: seen.append((args[-1], args[-3](64).data_ptr())))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
     monkeypatch.setattr(contenders, "packed_copies", lambda *shape: [1, 2])
     fake = type("GPU", (), {"type": "cuda"})()

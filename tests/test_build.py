@@ -231,7 +231,7 @@ def test_library_without_a_gpu_says_so(compiled, arch):
 
     for config in ("decode_fused", "decode", "128x64"):
         with pytest.raises(RuntimeError, match=f"{config}: CUDA: .*(driver|device)"):
-            cuda.launch(library, x, x.new_empty(1, 2, 32), weight, (8, False, False), None, config, 1, None, empty)
+            cuda.launch(library, x, x.new_empty(1, 2, 32), weight, (8, False, False), None, config, 1, None, empty, kernels.NOTHING)
 
 
 def test_only_the_library_of_9_0_has_wgmma(compiled):

@@ -32,9 +32,9 @@ def stand_in(emulated, monkeypatch):
     """The op's CUDA implementation, for tensors in host memory: (configuration, number of the producer) of what the emulator ran."""
     launched = []
 
-    def launch(library, x, y, weight, acts, lengths, config, *how, producer, launch=cuda.launch):
+    def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, producer, launch=cuda.launch):
         launched.append((config, cuda.producer_number(producer)))
-        return launch(library, x, y, weight, acts, lengths, config, *how, producer=producer)
+        return launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, producer)
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "library", lambda device: emulated)
@@ -161,7 +161,7 @@ def test_select_says_what_runs(monkeypatch):
 
 def test_groups_that_the_kernels_lack_are_named():
     with pytest.raises(ValueError, match="groupsize 24: the CUDA kernels take multiples of 64 up to 1024"):
-        cuda.linear(activations(1, 1, 100), prepared(32, 100, 24), 8, False, False, None)
+        cuda.linear(activations(1, 1, 100), prepared(32, 100, 24), 8, False, False, None, kernels.NOTHING)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ def quantized(library, x, columns, groupsize=-1, acts=(8, False, False), produce
     """What the quantizer of a tile leaves in memory: codes (M, Kp), sums (G, M), scale (M,), zero (M,)."""
     memory = guarded(library, torch.full((1 << 21,), 255, dtype=torch.uint8), 256)
     weight, producer = all_guarded(library, prepared(128, columns, groupsize)), all_guarded(library, producer)
-    how = (weight, acts, None, "128x16", 1, None, lambda n: memory, cuda.QUANTIZE, producer)
+    how = (weight, acts, None, "128x16", 1, None, lambda n: memory, producer, cuda.QUANTIZE)
     library.emulator_settings(False, False)
     cuda.launch(library, guarded(library, x), torch.empty(*x.shape[:2], 128, dtype=x.dtype), *how)
     rows, groups = x.shape[0] * x.shape[1], len(weight.scale)
@@ -295,6 +295,7 @@ def test_a_tensor_off_its_alignment_is_named(emulated, name):
             1,
             None,
             lambda n: guarded(emulated, torch.zeros(n, dtype=torch.uint8), 256),
+            NOTHING,
         )
 
 
@@ -321,7 +322,7 @@ def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
     x, weight = guarded(emulated, x), kernels.Weight(*(guarded(emulated, v) if isinstance(v, torch.Tensor) else v for v in weight))
     for steps in (cuda.QUANTIZE, cuda.MULTIPLY, cuda.MULTIPLY):
         y = guarded(emulated, torch.full((1, 5, 104), float("nan"), dtype=x.dtype))
-        cuda.launch(emulated, x, y, weight, (8, False, False), None, config, parts, None, lambda n: memory, steps)
+        cuda.launch(emulated, x, y, weight, (8, False, False), None, config, parts, None, lambda n: memory, NOTHING, steps)
         assert y.isnan().all() if steps == cuda.QUANTIZE else torch.equal(y, kernels.w4a8_linear(x, weight))
 
 

@@ -58,6 +58,21 @@ def imported(source):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def ours(imported, modules):
+    """Which of our modules an import is of: itself, or the one that has the name; None for others."""
+    return next((found for found in (imported, imported.rpartition(".")[0]) if found in modules), None)
+
+
+def reached(start, edges):
+    """All that can be reached from here.  edges: {node: set of nodes}."""
+    seen, todo = set(), [start]
+    while todo:
+        new = edges.get(todo.pop(), set()) - seen
+        seen |= new
+        todo += new
+    return seen
+
+
 def wrong(module, source):
     """What a module must not import."""
     own = room(module)
@@ -74,6 +89,15 @@ def test_imports_run_one_way(path):
         inside = {found.split(".")[1] for found in imported(path.read_text()) if found.startswith("run.")}
         later = RUN_ORDER[RUN_ORDER.index(path.stem) + 1 :]
         assert path.stem == "cli" or not inside & set(later), "cli calls pipeline, after parsing; else this order holds"
+
+
+def test_imports_make_no_circle():
+    """Inside a room too, wherever in a file they are."""
+    paths = [*LIBRARY, *(ROOT / folder / "__init__.py" for folder in FOLDERS)]
+    modules = {name(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in paths}
+    edges = {module: {ours(found, modules) for found in imported(path.read_text())} for module, path in modules.items()}
+    assert "kernels.build" in reached("bench.tune", edges)
+    assert not [module for module in modules if module in reached(module, edges)]
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=name)
