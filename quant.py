@@ -352,7 +352,8 @@ def defer_producers(block, family, config):
         first = block.get_submodule(group.linears[0])
         whole = first.together.whole if isinstance(first, Part) else first
         if group.producer in family.rms_norms and whole.in_scale is None:
-            whole.norm = DeferredNorm(block.get_submodule(group.producer))
-            block.set_submodule(group.producer, whole.norm)
+            norm = DeferredNorm(block.get_submodule(group.producer))
+            block.set_submodule(group.producer, norm)
+            vars(whole)["norm"] = norm  # not registered once more: its weight has the one name that the family's has
     if family.mlp and config.hidden_act in ("silu", "swish") and block.get_submodule(family.mlp).down_proj.in_scale is None:
         block.set_submodule(family.mlp, GatedMLP(block.get_submodule(family.mlp)))

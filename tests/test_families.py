@@ -1,5 +1,6 @@
 """Every row of the table of families is a model of transformers: no fold, no rotation and no walk changes a logit; a wrong row is found."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,21 @@ def test_linears_with_an_in_scale_read_what_their_producer_makes():
             linear.freeze((8, True, False))
         use_integers(block, LLAMA, decoder.config, codes, "torch")
         assert [sum(isinstance(m, kind) for m in block.modules()) for kind in (DeferredNorm, GatedMLP)] == [norms, mlps]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_deferred_norm_has_its_own_name_alone(family):
+    """In the model and in a copy of it, which computes by its own norms."""
+    model, ids = check.random_model(tiny_config(family)).float(), token_ids(1, 8)
+    _, store, _ = quantize(model, ids, Recipe(method="rtn", wbits=4, act_bits=8))
+    store.kernel = "torch"
+    deferred = store.decoder().materialize(CPU)
+    norms = [name for name, _ in model.named_parameters() if "norm" in name]
+    assert [name for name in deferred.state_dict() if "norm" in name] == norms
+    assert [name for name, _ in deferred.named_parameters() if "norm" in name] == norms
+    copied, logits = copy.deepcopy(deferred), deferred(ids).logits
+    decoder_blocks(deferred)[0].input_layernorm.weight.data.mul_(2)
+    assert copied(ids).logits.equal(logits) and not deferred(ids).logits.equal(logits)
 
 
 def test_a_gate_of_another_function_is_not_deferred():
