@@ -235,6 +235,7 @@ class IntLinear(nn.Module):
 
     Made from frozen QuantLinears and, of each, the codes q (R, C) uint8 and the Grid of its weight, of at most 4 bits; y has all rows.
     With a `norm`, a DeferredNorm, x is what the norm reads; where it is `gated`, x is gate and up, side by side.  Neither with in_scale.
+    y has the type of x, or the one that the norm makes of it.
     """
 
     def __init__(self, linears, codes, kernel=None):
@@ -257,7 +258,10 @@ class IntLinear(nn.Module):
 
     def forward(self, x):
         weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))
-        y = kernels.w4a8_linear(self.smoothed(x).contiguous(), weight, *self.acts, kernel=self.kernel, producer=producer_of(self))
+        made, producer = self.smoothed(x), producer_of(self)
+        if producer.norm is not None and producer.norm.dtype != x.dtype:  # what the norm makes then has the wider type, which no pass knows
+            made, producer = producer(made), kernels.NOTHING
+        y = kernels.w4a8_linear(made.contiguous(), weight, *self.acts, kernel=self.kernel, producer=producer)
         return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self):

@@ -118,6 +118,25 @@ def test_linears_with_an_in_scale_read_what_their_producer_makes():
         assert [sum(isinstance(m, kind) for m in block.modules()) for kind in (DeferredNorm, GatedMLP)] == [norms, mlps]
 
 
+@pytest.mark.parametrize(("dtype", "given"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_a_deferred_norm_takes_another_type_as_transformers_does(dtype, given):
+    """Its weight and what it reads then make the wider of both types, as embeddings do that are given to a narrower model."""
+    model = check.random_model(tiny_config("llama")).float()
+    _, store, _ = quantize(model, token_ids(1, 8), Recipe(method="rtn", wbits=4, act_bits=8, act_pertoken=True))
+    store.kernel, row = "torch", store.original.family
+    block = store.decoder().block(0)
+    store.original.family = replace(row, rms_norms=(), mlp="")
+    plain = store.decoder().block(0)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(getattr(torch, given))
+    for deferred in (block, plain):
+        for name in row.rms_norms:
+            deferred.get_submodule(name).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for norm, linear in (("input_layernorm", "self_attn.q_proj"), ("post_attention_layernorm", "mlp.up_proj")):
+            y, wanted = (b.get_submodule(linear)(b.get_submodule(norm)(x)) for b in (block, plain))
+            assert y.dtype == wanted.dtype == torch.float32 and float((y - wanted).norm() / wanted.norm()) < 0.01
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_deferred_norm_has_its_own_name_alone(family):
     """In the model and in a copy of it, which computes by its own norms."""
