@@ -80,8 +80,14 @@ def best(times_at):
     return min(sorted(common), key=lambda c: sum(times[c] / min(times.values()) for times in times_at))
 
 
+def entry(edge, times_at):
+    """[most tokens, config, splits] of a bucket; behind decode_fused, which takes no producer, also config and splits of the next best."""
+    found, others = best(times_at), [{c: time for c, time in times.items() if c[0] != "decode_fused"} for times in times_at]
+    return [edge, *found, *(best(others) if found[0] == "decode_fused" and set.intersection(*map(set, others)) else ())]
+
+
 def tune_layer(library, device, rows, columns, groupsize):
-    """[[most tokens, config, splits]]: for each bucket what is best at both of its ends, so that no cliff follows an edge."""
+    """The entries of a layer: for each bucket what is best at both of its ends, so that no cliff follows an edge."""
     weight = random_weight(rows, columns, groupsize, device)
     copies = [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, weight.packed.numel()))]
     entries, below = [], 0
@@ -92,7 +98,7 @@ def tune_layer(library, device, rows, columns, groupsize):
             found = candidates(library, tokens, rows, columns, weight.groupsize)
             found = agreeing(library, x, weight, found)
             times_at.append({c: timed([partial(run, library, x, w, *c) for w in copies], device)["median"] for c in found})
-        entries.append([edge, *best(times_at)])
+        entries.append(entry(edge, times_at))
         below = edge
     entries[-1][0] = 1 << 20
     return entries

@@ -130,11 +130,13 @@ def fitting(costs, processors, tokens, rows, columns, groupsize):
 def choose(library, gpu, processors, tokens, rows, columns, groupsize, produced=False):
     """(config, splits) for a shape on a GPU with so many multiprocessors: as measured, else by the default rules.
 
-    produced: whether x has a producer, for which decode_fused, in which every block quantizes all of x, would compute it again and again.
+    produced: whether x has a producer, for which decode_fused, in which every block quantizes all of x, would compute it again and again;
+    a measured cell has the best of the others behind it.
     """
     measured = tables().get(gpu, {}).get("cells", {}).get(cell(rows, columns, groupsize), ())
-    for most, config, parts in measured:
+    for most, *found in measured:
         if tokens <= most:
+            config, parts = found[-2:] if produced else found[:2]
             if produced and config == "decode_fused":
                 break
             return config, parts

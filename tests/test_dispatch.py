@@ -42,6 +42,9 @@ def test_what_has_a_producer_is_quantized_once(emulated, monkeypatch):
         assert cuda.choose(emulated, gpu, 108, 1, 256, 512, 512)[0] == "decode_fused"
         assert cuda.choose(emulated, gpu, 108, 1, 256, 512, 512, produced=True)[0] == "decode"
     assert cuda.choose(emulated, "GPU", 108, 64, 256, 512, 512, produced=True) == ("128x64", 1)
+    table["GPU"]["cells"]["256x512"][0] += ["128x16", 3]  # measured too, it comes before the rules
+    for produced, wanted in ((False, ("decode_fused", 1)), (True, ("128x16", 3))):
+        assert cuda.choose(emulated, "GPU", 108, 4, 256, 512, 512, produced=produced) == wanted
 
 
 def test_default_rules_keep_all_processors_busy(emulated):
@@ -65,8 +68,11 @@ def test_tuning_table_says_what_was_measured(monkeypatch):
     assert cuda.chosen_by("other") == {"table": "default", "measured": False}
     monkeypatch.undo()
     for name, table in tables.items():
-        for most, config, parts in (entry for entries in table.get("cells", {}).values() for entry in entries):
-            assert most > 0 and config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS, name
+        for most, *found in (entry for entries in table.get("cells", {}).values() for entry in entries):
+            assert most > 0 and len(found) in (2, 4), name
+            assert all(
+                config in cuda.CONFIGS and 1 <= parts <= cuda.MAX_SPLITS for config, parts in zip(found[::2], found[1::2], strict=True)
+            )
 
 
 def test_tuning_leaves_out_what_is_wrong(monkeypatch, capsys):
@@ -97,6 +103,14 @@ def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):
     for below, edge in zip((0, *tune.EDGES), tune.EDGES, strict=False):
         found = [set(tune.candidates(emulated, tokens, 5120, 5120, 5120)) for tokens in (below + 1, edge)]
         assert found[0] & found[1]
+
+
+def test_tuning_notes_what_runs_behind_a_norm_or_a_gate():
+    """Where the kernel that takes none is best, also the best of the others, if there is one that is right."""
+    fused, a, b = ("decode_fused", 1), ("decode", 2), ("128x16", 4)
+    assert tune.entry(4, [{fused: 1, a: 3, b: 2}, {fused: 1, a: 2, b: 2}]) == [4, *fused, *b]
+    assert tune.entry(4, [{fused: 3, a: 2}]) == [4, *a]
+    assert tune.entry(4, [{fused: 1}]) == [4, *fused]
 
 
 def test_tuning_table_is_written_whole(tmp_path, monkeypatch):
