@@ -176,7 +176,25 @@ class Batch:
         return x.masked_fill(~self.real[..., None], 0)
 
 
-class QuantLinear(nn.Module):
+class Scaled(nn.Module):
+    """What linears with a `batch` and an `in_scale`, (C,) or None, have in common."""
+
+    def smoothed(self, x):
+        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale; zero where there is padding."""
+        x = self.batch.split(x)
+        return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
+
+    def _apply(self, fn, recurse=True):
+        """Of nn.Module, for `half`, `to` and the like.  Buffers keep their type, as scales are float32 in a model of any type."""
+
+        def applied(t):
+            made = fn(t)
+            return made if isinstance(t, nn.Parameter) or made.dtype == t.dtype else t.to(made.device)
+
+        return super()._apply(applied, recurse)
+
+
+class QuantLinear(Scaled):
     """A linear layer with fake-quantized weight and activations: y = Wq @ quant(x / in_scale) + b.
 
     Made from an nn.Linear (or one like it), whose function it has until it is given fewer bits.  Weight and bias are float32 while the
@@ -192,11 +210,6 @@ class QuantLinear(nn.Module):
         self.acts = (16,)  # see Recipe.acts
         self.batch = batch
         self.stored = None  # {part: tensor} that it was made of, if it comes from a store, in host memory: see formats.codes
-
-    def smoothed(self, x):
-        """The input as this layer's weight sees it before rounding: (B, T, C), divided by in_scale; zero where there is padding."""
-        x = self.batch.split(x)
-        return x if self.in_scale is None else (x / self.in_scale).to(x.dtype)
 
     def freeze(self, acts):
         """Quantize activations from now on, and keep weight and bias in the model's type.  acts: see Recipe.acts."""
@@ -230,7 +243,7 @@ def producer_of(linear):
     return kernels.Producer(*norm, gated=linear.gated)
 
 
-class IntLinear(nn.Module):
+class IntLinear(Scaled):
     """Quantized linears that read the same input as one, in integers: y = Wq @ quant(x / in_scale) + b, as kernels.w4a8_linear does it.
 
     Made from frozen QuantLinears and, of each, the codes q (R, C) uint8 and the Grid of its weight, of at most 4 bits; y has all rows.
@@ -253,8 +266,6 @@ class IntLinear(nn.Module):
         self.acts, self.batch, self.kernel = linears[0].acts, linears[0].batch, kernel
         self.biased = [m.bias is not None for m in linears]
         self.norm, self.gated = None, False
-
-    smoothed = QuantLinear.smoothed
 
     def forward(self, x):
         weight = kernels.Weight(*(getattr(self, name) for name in kernels.Weight._fields))

@@ -65,6 +65,28 @@ def test_transformers_loads_a_folder_as_we_do(kind, settings, tmp_path):
     assert theirs.generate(IDS, max_new_tokens=3, do_sample=False).equal(ours.generate(IDS, max_new_tokens=3, do_sample=False))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["integers", "dequantized"])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(("opt", "bare"), {"smooth": True}), (("llama", "plain"), {"groupsize": 24}), CASES[3]], ids=settings_id
+)
+def test_a_model_in_another_type_is_as_if_loaded_in_it(kind, settings, arithmetic, tmp_path):
+    """As scales stay float32: without biases, which stay so too, the same logits to the last bit, whoever loaded it."""
+    saved(tmp_path / "a", tiny_model(*kind), settings)
+    for made, dtype in (
+        (load(tmp_path / "a", "float32", arithmetic=arithmetic).half(), "float16"),
+        (load(tmp_path / "a", "float32", arithmetic=arithmetic).to(torch.bfloat16), "bfloat16"),
+        (in_transformers(tmp_path / "a", arithmetic, dtype="float32").to(torch.bfloat16), "bfloat16"),
+    ):
+        wanted = load(tmp_path / "a", dtype, arithmetic=arithmetic)
+        if kind[0] != "opt":
+            made.model.rotary_emb = wanted.model.rotary_emb  # whose frequencies transformers leaves in float32 only when it loads
+        logits = made(IDS).logits
+        assert logits.dtype == made.dtype == getattr(torch, dtype) and logits.equal(wanted(IDS).logits)
+        buffers = dict(made.named_buffers())
+        assert all(b.dtype == buffers[name].dtype and b.equal(buffers[name]) for name, b in wanted.named_buffers())
+
+
 def test_padding_is_found_out_by_itself(tmp_path):
     """A row of a padded batch gets the logits that it has alone."""
     saved(tmp_path / "a", tiny_model(*TYPES[2]))
