@@ -118,6 +118,37 @@ def test_linears_with_an_in_scale_read_what_their_producer_makes():
         assert [sum(isinstance(m, kind) for m in block.modules()) for kind in (DeferredNorm, GatedMLP)] == [norms, mlps]
 
 
+@pytest.mark.slow
+def test_hooks_see_what_the_page_says():
+    """docs/kernels.md; of a block in integers against one whose linears read what norms and gates have made."""
+    _, store, _ = quantize(
+        check.random_model(tiny_config("llama")).float(), token_ids(1, 8), Recipe(method="rtn", wbits=4, act_bits=8, act_pertoken=True)
+    )
+
+    def seen(kernel):
+        store.kernel, found = kernel, {}
+        model = store.decoder().materialize(CPU)
+        for name, module in decoder_blocks(model)[0].named_modules():
+            module.register_forward_hook(lambda _, args, y, name=name: found.update({name: (*args, y)}))
+        model(token_ids(1, 8))
+        return found, {name for name, _ in decoder_blocks(model)[0].named_modules()}
+
+    (found, names), (plain, _) = seen("torch"), seen(None)
+    stream, made = found["input_layernorm"]
+    assert made is stream and stream.equal(plain["input_layernorm"][0])
+    for name in LLAMA.groups[0].linears:
+        assert found[name][0] is stream
+        torch.testing.assert_close(found[name][1], plain[name][1], rtol=1e-3, atol=1e-3)
+    whole = found["self_attn.q_proj.together.whole"][1]
+    assert whole.equal(torch.cat([found[name][1] for name in LLAMA.groups[0].linears], -1))
+    stream, gates = found["mlp.gate_proj.together.whole"]
+    assert all(found[name][0] is stream for name in ("mlp", "post_attention_layernorm")) and found["mlp.down_proj"][0] is gates
+    assert not {"mlp.gate_proj", "mlp.up_proj"} & found.keys() and {"mlp.gate_proj", "mlp.up_proj"} < names and "mlp.act_fn" not in names
+    wanted = torch.cat([plain[name][1] for name in LLAMA.groups[2].linears], -1)
+    for made, same in ((gates, wanted), *((found[name][1], plain[name][1]) for name in ("mlp", "mlp.down_proj"))):
+        assert float((made - same).norm() / same.norm()) < 0.01
+
+
 @pytest.mark.parametrize(("dtype", "given"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")])
 def test_a_deferred_norm_takes_another_type_as_transformers_does(dtype, given):
     """Its weight and what it reads then make the wider of both types, as embeddings do that are given to a narrower model."""
