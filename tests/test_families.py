@@ -149,6 +149,7 @@ def test_hooks_see_what_the_page_says():
         assert float((made - same).norm() / same.norm()) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "given"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")])
 def test_a_deferred_norm_takes_another_type_as_transformers_does(dtype, given):
     """Its weight and what it reads then make the wider of both types, as embeddings do that are given to a narrower model."""
@@ -168,6 +169,7 @@ def test_a_deferred_norm_takes_another_type_as_transformers_does(dtype, given):
             assert y.dtype == wanted.dtype == torch.float32 and float((y - wanted).norm() / wanted.norm()) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_deferred_norm_has_its_own_name_alone(family):
     """In the model and in a copy of it, which computes by its own norms."""

@@ -91,6 +91,7 @@ def test_imports_run_one_way(path):
         assert path.stem == "cli" or not inside & set(later), "cli calls pipeline, after parsing; else this order holds"
 
 
+@pytest.mark.slow
 def test_imports_make_no_circle():
     """Inside a room too, wherever in a file they are."""
     paths = [*LIBRARY, *(ROOT / folder / "__init__.py" for folder in FOLDERS)]
