@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recipe import UsageError
+from recipe import Recipe, UsageError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")  # of a split's file: see FILES
 HUB = re.compile(r"hub:(?P<path>[^/:]+/[^/:]+)(:(?P<name>[^:\[]+))?:(?P<split>[^:\[]+(\[.*\])?)")  # a data set of the hub, by name
@@ -37,12 +37,12 @@ class Joined:
     n_rows: int | None = None  # evaluation: the first rows only
     n_windows: int | None = None  # evaluation: the first windows only
 
-    def draw(self, rows, encode, n, seqlen, seed, label):
-        """(ids (n, seqlen), rule): windows at random offsets of the joined text."""
+    def draw(self, rows, encode, n, seqlen, seed, label, further=0):
+        """(ids (n + further, seqlen), rule): windows at random offsets of the joined text.  further: those for tuning."""
         ids = self._join(rows, encode, label)
-        _require_windows(label, len(ids), len(ids) - seqlen, n, seqlen)
+        _require_windows(label, len(ids), len(ids) - seqlen, n, seqlen, further)
         rng = random.Random(seed)
-        starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(n)]
+        starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(n + further)]
         return torch.stack([ids[i : i + seqlen] for i in starts]), f"rows joined with {self.sep!r}, windows at random offsets of the text"
 
     def tokens(self, rows, encode, seqlen, label):
@@ -65,19 +65,19 @@ class Documents:
 
     n_windows: int  # evaluation: random windows, always of seed 0
 
-    def draw(self, rows, encode, n, seqlen, seed, label):
-        """(ids (n, seqlen), rule): windows at random offsets of random documents."""
+    def draw(self, rows, encode, n, seqlen, seed, label, further=0):
+        """(ids (n + further, seqlen), rule): windows at random offsets of random documents.  further: those for tuning."""
         length = functools.cache(lambda i: len(encode(rows[i])))
         distinct = 0  # counted until it is enough, so that no draw can go on for ever
         for i in tqdm(range(len(rows)), unit="document", desc=f"finding long documents in {label}", leave=False):
             distinct += max(0, length(i) - seqlen)
-            if distinct >= n:
+            if distinct >= n + further:
                 break
         else:
-            _require_windows(label, max(map(length, range(len(rows)))), distinct, n, seqlen)
+            _require_windows(label, max(map(length, range(len(rows)))), distinct, n, seqlen, further)
         rng = random.Random(seed)
         windows = []
-        for _ in tqdm(range(n), unit="window", desc=f"tokenizing {label}"):
+        for _ in tqdm(range(n + further), unit="window", desc=f"tokenizing {label}"):
             while length(i := rng.randint(0, len(rows) - 1)) <= seqlen:
                 pass
             start = rng.randint(0, length(i) - seqlen - 1)
@@ -151,11 +151,20 @@ def calibration(name, tokenizer, nsamples, seqlen, seed=0, data_dir=None, field=
     field: where rows that have fields have their text.
     UsageError: unknown or unsuitable corpus, too little text, a broken file.  OSError: no such file (FileNotFoundError), or the hub failed.
     """
-    assert min(nsamples, seqlen) > 0, f"{nsamples=} {seqlen=}"
+    return calibration_of(Recipe(calib_data=name, nsamples=nsamples, seqlen=seqlen, seed=seed), tokenizer, data_dir, field)
+
+
+def calibration_of(recipe, tokenizer, data_dir=None, field="text"):
+    """`calibration` by a recipe.Recipe, with the windows to tune on after the others: (ids (nsamples + tune_samples, seqlen), protocol).
+
+    One generator draws all in order, so tuning does not change those of the codes.
+    """
+    name, n, seqlen, seed, further = recipe.calib_data, recipe.nsamples, recipe.seqlen, recipe.seed, recipe.tune_samples
     corpus, split, file = _locate(name, "calib_splits", data_dir)
     rows, source = _read(name, corpus, split, file, field)
-    ids, rule = corpus.cut.draw(rows, _encoder(tokenizer), nsamples, seqlen, seed, f"{name} {split}")
-    return ids, {"corpus": name, "split": split, "source": source, "rule": rule, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+    ids, rule = corpus.cut.draw(rows, _encoder(tokenizer), n, seqlen, seed, f"{name} {split}", further)
+    used = {"corpus": name, "split": split, "source": source, "rule": rule, "nsamples": n, "seqlen": seqlen, "seed": seed}
+    return ids, used | ({"tune_samples": further} if further else {})
 
 
 def eval_tokens(name, tokenizer, seqlen, data_dir=None, windows=None, field="text"):
@@ -181,7 +190,7 @@ def eval_tokens(name, tokenizer, seqlen, data_dir=None, windows=None, field="tex
 
 
 def load_text(recipe, corpora, tokenizer, texts, clock, calibration_done=None, eval_windows=None):
-    """All text of a run: calibration ids (nsamples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
+    """All text of a run: calibration ids (nsamples + tune_samples, seqlen), {corpus: evaluation ids (N,)}, their protocols.
 
     recipe: a recipe.Recipe; for method full the calibration is None, and so are its ids if it is done already and `calibration_done` its
     protocol.  texts: (data_dir, field); clock: a runtime.Clock; eval_windows: see eval_tokens.  Raises what
@@ -191,7 +200,7 @@ def load_text(recipe, corpora, tokenizer, texts, clock, calibration_done=None, e
     ids, used = None, calibration_done
     if calibrates:
         with clock("calibration"):
-            ids, used = calibration(recipe.calib_data, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed, *texts)
+            ids, used = calibration_of(recipe, tokenizer, *texts)
     with clock("evaluation"):
         data_dir, field = texts
         found = {name: eval_tokens(name, tokenizer, recipe.seqlen, data_dir, eval_windows, field) for name in corpora}
@@ -432,8 +441,9 @@ def _encoder(tokenizer):
     return lambda text: torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _require_windows(label, longest, distinct, n, seqlen):
+def _require_windows(label, longest, distinct, n, seqlen, further):
     if longest <= seqlen:
         raise UsageError(f"{label}: its longest text has {longest} tokens, seqlen {seqlen} needs more; use a shorter seqlen or more text")
-    if distinct < n:
-        raise UsageError(f"{label}: {distinct} distinct windows of {seqlen} tokens, {n} needed; use a shorter seqlen, fewer or more text")
+    if distinct < n + further:
+        needed = f"{n} needed" + (f" and {further} more for --tune_steps" if further else "")
+        raise UsageError(f"{label}: {distinct} distinct windows of {seqlen} tokens, {needed}; use a shorter seqlen, fewer or more text")

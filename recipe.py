@@ -14,6 +14,8 @@ DTYPES = ("auto", "float16", "bfloat16", "float32")
 ARITHMETICS = ("auto", "integers", "dequantized")
 EXPORTS = ("compressed-tensors", "gguf")
 KERNELS = ("auto", "cuda", "torch")
+STEP_SAMPLES = 2  # calibration sequences of a step of tuning
+TUNE_SAMPLES = 256  # of all steps, at most; then they come again
 
 # ---------------------------------------------------------------------------
 # Methods
@@ -98,7 +100,7 @@ class Recipe:
     target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
     target_mix: float = 0.5  # share of the latter
     bias_correction: bool = False
-    tune_steps: int = 0  # gradient steps on scales, norms and biases, codes fixed: see run/tune.py
+    tune_steps: int = 0  # gradient steps on scales, norms and biases, codes fixed, on `tune_samples` sequences: see run/tune.py
     rest_dtype: str = "auto"  # in which the tensors that are not quantized are kept; auto: as the checkpoint has them
     calib_data: str = "c4"
     nsamples: int = 128
@@ -109,6 +111,11 @@ class Recipe:
     def acts(self):
         """How activations are quantized: (bits, per token, symmetric), the arguments of quant.fake_quant_act."""
         return self.act_bits, self.act_pertoken, self.act_sym
+
+    @property
+    def tune_samples(self):
+        """How many calibration sequences there are to tune on, drawn after the `nsamples` that the codes are fitted to."""
+        return min(TUNE_SAMPLES, STEP_SAMPLES * self.tune_steps)
 
     def __post_init__(self):
         for name, ok, allowed in (

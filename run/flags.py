@@ -216,7 +216,8 @@ def add_tuning_flags(group):
         type=int,
         default=0,
         metavar="N",
-        help="gradient steps on weight scales, norms and biases, towards the unquantized model's logits; codes stay (default 0)",
+        help="gradient steps on weight scales, norms and biases, towards the unquantized model's logits, on two further sequences of the"
+        " calibration text each; codes stay (default 0)",
     )
 
 

@@ -201,11 +201,14 @@ def open_quantized(run, subject, device):
 
 
 def quantize(run, decoder, subject, ids, calibration, clock, walk):
-    """Quantize block by block, print the output errors of each, and write --save.  calibration: the protocol of ids.
+    """Quantize block by block, print the output errors of each, and write --save.
+
+    ids (nsamples + tune_samples, T), the latter for tuning; calibration: their protocol.
 
     Returns the quantized Decoder, and {"layers": [Layer], "tuning": the divergence at every step of tuning, or []}.
     """
     recipe, layers = subject.recipe, []
+    fitted, others = ids[: recipe.nsamples], ids[recipe.nsamples :]
     if recipe.rotate:
         decoder = rotated(decoder, recipe.seed)
         if more := untying(decoder):
@@ -217,13 +220,13 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk):
             store = ResumableStore(decoder, recipe, run.checkpoint_dir, identity, walk.world)
         else:
             store = new_store(decoder, recipe, unfinished, walk.world)
-        place = calibration_place(decoder, ids, recipe, clock.device, walk.world)
+        place = calibration_place(decoder, fitted, recipe, clock.device, walk.world)
         print(f"calibration sequences are kept {place}")
-        for done in quantize_blocks(decoder, ids, recipe, store, place, walk.batch, clock):
+        for done in quantize_blocks(decoder, fitted, recipe, store, place, walk.batch, clock):
             errors = (f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
             tqdm.write(f"block {done[0].block}: output errors  " + "  ".join(errors))
             layers += done
-        divergence = tuned(store, ids, clock) if recipe.tune_steps else []
+        divergence = tuned(store, others, clock) if recipe.tune_steps else []
         if run.save:
             with clock("writing"):
                 store.finish(unfinished, subject.tokenizer, {"model": subject.model, "calibration": calibration})

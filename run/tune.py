@@ -1,7 +1,8 @@
 """Tuning: codes stay fixed; scales, norms and biases are trained to reproduce the logits of the unquantized model.
 
 The solver leaves each layer at the optimum of its own objective; what is left is how the errors of many layers add up.  So Adam (Kingma and
-Ba, 2015) minimizes the divergence of the whole model's logits on the calibration sequences, straight through the rounding of activations.
+Ba, 2015) minimizes the divergence of the whole model's logits, straight through the rounding of activations.  It does so on other sequences
+of the calibration text than those that the codes are fitted to, where these leave more of it: see docs/LOG.md.
 Chen et al., "EfficientQAT" (2024), train step sizes end to end in the same way.  What is tuned is stored anyway: inference costs the same.
 """
 
@@ -15,11 +16,11 @@ from tqdm import tqdm
 from modelutils import Decoder, run_block, sequences_place, skeleton
 from processes import ALONE
 from quant import fake_quant_act
+from recipe import STEP_SAMPLES
 from runtime import free_memory
 
 RATE = 1e-3  # learning rate relative to the root mean square of each tensor; it falls to 0 along half a cosine
 BETAS = (0.9, 0.95)  # of Adam
-SEQUENCES = 2  # of a step
 KEEP_EVERY = 5  # steps
 GRAPH = 160  # bytes that a block keeps for its gradients, for each token and channel of its widest layer
 
@@ -47,7 +48,7 @@ class TunedLinear(nn.Module):
 
 
 class Teacher:
-    """The unquantized Decoder on the calibration sequences ids (n, T).  Its blocks run once, its head on every request."""
+    """The unquantized Decoder on the sequences ids (n, T).  Its blocks run once, its head on every request."""
 
     @torch.no_grad()
     def __init__(self, decoder, ids, device):
@@ -134,15 +135,15 @@ def as_float(decoder):
 def plan(n, steps, seed):
     """The sequences (0 to n - 1) of every step: all of them once in random order, then all again."""
     generator = torch.Generator().manual_seed(seed)
-    order = [k for _ in range(-(-steps * SEQUENCES // n)) for k in torch.randperm(n, generator=generator).tolist()]
-    return [order[s * SEQUENCES : (s + 1) * SEQUENCES] for s in range(steps)]
+    order = [k for _ in range(-(-steps * STEP_SAMPLES // n)) for k in torch.randperm(n, generator=generator).tolist()]
+    return [order[s * STEP_SAMPLES : (s + 1) * STEP_SAMPLES] for s in range(steps)]
 
 
 def tune(store, ids, device):
     """Tune the blocks of a finished Store by its recipe: the mean divergence of every step, in nats.
 
-    ids (n, T): the calibration sequences; the processes of the store's world share the SEQUENCES of each step.  The result is in
-    store.tuned afterwards.  Raises FloatingPointError for NaN or Inf.
+    ids (n, T): what to tune on; the processes of the store's world share the sequences of each step.  The result is in store.tuned
+    afterwards.  Raises FloatingPointError for NaN or Inf.
     """
     world, steps = store.world, plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
     student = Student(store, device, ids.shape[1])
@@ -150,7 +151,7 @@ def tune(store, ids, device):
     found = optimizer.restore(store.tuning())
     if len(found) < len(steps):
         needed = sorted({k for numbers in steps[len(found) :] for k in world.own(numbers)})
-        teacher = Teacher(store.original, ids[needed], device) if needed else None  # there are more processes than SEQUENCES
+        teacher = Teacher(store.original, ids[needed], device) if needed else None  # there are more processes than STEP_SAMPLES
         for numbers in (bar := tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))):
             lost = world.total(sum(student.divergence(*teacher.sequence(needed.index(k))) for k in world.own(numbers))) / len(numbers)
             optimizer.step(len(found), len(numbers), world)

@@ -17,7 +17,7 @@ import torch
 
 import datautils
 from datautils import CORPORA, Corpus, Documents, Joined
-from recipe import UsageError
+from recipe import Recipe, UsageError
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN_FILE = SHARED / "golden" / "corpora.json"
@@ -164,6 +164,16 @@ def test_calibration_is_the_slow_obvious_one(name, seed, seqlen, data_dir):
     source = f"{corpus.folder}/train.txt (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()})"
     assert protocol.pop("rule")
     assert protocol == {"corpus": name, "split": "train", "source": source, "nsamples": 20, "seqlen": seqlen, "seed": seed}
+
+
+@pytest.mark.parametrize("name", [*CALIBRATED, OTHER])
+def test_tuning_has_windows_after_the_others(name, data_dir):
+    """Which stay what they are without it."""
+    corpus = CORPORA.get(name, Corpus(name))
+    ids, protocol = datautils.calibration_of(Recipe(calib_data=name, nsamples=5, seqlen=16, seed=1, tune_steps=6), toy_tokenizer, data_dir)
+    plain, same = datautils.calibration(name, toy_tokenizer, 5, 16, 1, data_dir)
+    assert ids[:5].equal(plain) and protocol == same | {"tune_samples": 12}
+    assert ids.tolist() == reference_draw(corpus.cut, [corpus.row(line) for line in LINES], 5 + 12, 16, 1)
 
 
 @pytest.mark.parametrize("name", [*CORPORA, OTHER])
@@ -410,6 +420,10 @@ def test_too_few_distinct_windows(name, tmp_path):
     assert len(datautils.calibration(name, toy_tokenizer, distinct, 8, data_dir=tmp_path)[0]) == distinct
     with fails(UsageError, name, f"{distinct} distinct", f"{distinct + 1} needed"):
         datautils.calibration(name, toy_tokenizer, distinct + 1, 8, data_dir=tmp_path)
+    recipe = Recipe(calib_data=name, nsamples=distinct - 4, seqlen=8, tune_steps=2)
+    assert len(datautils.calibration_of(recipe, toy_tokenizer, tmp_path)[0]) == distinct
+    with fails(UsageError, name, f"{distinct} distinct", f"{distinct - 4} needed and 6 more for --tune_steps"):
+        datautils.calibration_of(replace(recipe, tune_steps=3), toy_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("name", [*CORPORA, OTHER])

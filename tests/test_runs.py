@@ -19,6 +19,7 @@ import opt
 from formats.original import Original
 from recipe import METHODS, PRESETS
 from run import cli as command_line
+from run import pipeline
 from run.report import SCHEMA
 
 pytestmark = pytest.mark.slow
@@ -156,6 +157,30 @@ def test_a_flag_does_what_it_says(flag, json_of, known):
     if other is not None:
         known[other] = known.get(other) or numbers(json_of(*other))
         assert numbers(run) != known[other]
+
+
+def test_tuning_has_other_sequences_than_the_codes(json_of, monkeypatch, tmp_path):
+    given = {}
+
+    def noting(name, place):
+        function = getattr(pipeline, name)
+
+        def call(*args):
+            given[name] = args[place]
+            return function(*args)
+
+        monkeypatch.setattr(pipeline, name, call)
+
+    for name in ("quantize_blocks", "tune", "run_identity"):
+        noting(name, 1)
+    plain = json_of(*AWRQ, "--checkpoint_dir", tmp_path / "plain")
+    fitted = given["quantize_blocks"]
+    tuned = json_of(*AWRQ, "--checkpoint_dir", tmp_path / "tuned", "--tune_steps", 4)
+    assert given["quantize_blocks"].equal(fitted) and tuned["layers"] == plain["layers"]
+    assert given["tune"].shape == (8, 16) and not (given["tune"][:, None] == fitted).all(-1).any()
+    assert given["run_identity"].equal(torch.cat([fitted, given["tune"]])), "a killed run goes on with both"
+    used = [run["protocol"]["calibration"] for run in (plain, tuned)]
+    assert used[1] == used[0] | {"tune_samples": 8} and "tune_samples" not in used[0]
 
 
 def test_the_same_command_gives_the_same_numbers(json_of):
@@ -351,6 +376,10 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         (("--eval", "short"), ["short", "tokens", "seqlen 16"]),
         ((*AWRQ, "--calib_data", "short"), ["short", "tokens", "seqlen 16"]),
         ((*AWRQ, "--nsamples", "100000"), ["own", "100000"]),
+        (
+            (*AWRQ, "--calib_data", "short", "--seqlen", "4", "--nsamples", "1", "--tune_steps", "9"),
+            ["short", "1 needed and 18 more for --tune_steps"],
+        ),
         ((*AWRQ, "--calib_data", "one", "--eval", "one"), ["one", "share", "validation"]),
         ((*AWRQ, "--calib_data", "c4", "--nsamples", "100000"), ["c4", "100000"]),
         (("--device", "cuda" if not torch.cuda.is_available() else "cuda:99"), ["--device", "cuda", "cpu"]),

@@ -10,10 +10,11 @@ from formats.checkpoint import Store, open_checkpoint
 from formats.resume import ResumableStore, run_identity
 from modelutils import decoder_of
 from quant import QuantLinear
+from recipe import STEP_SAMPLES, TUNE_SAMPLES
 from rotate import rotated
 from run import tune as tuning
 from run.quantize import quantize_blocks
-from run.tune import SEQUENCES, Student, TunedLinear, as_float, plan, tune
+from run.tune import Student, TunedLinear, as_float, plan, tune
 
 pytestmark = pytest.mark.slow
 
@@ -147,8 +148,16 @@ def test_a_killed_run_goes_on_with_tuning(tmp_path, monkeypatch):
 
 def test_every_sequence_has_its_turn():
     steps = plan(5, 5, seed=0)
-    assert [len(step) for step in steps] == [SEQUENCES] * 5 and sorted(k for step in steps for k in step) == sorted([*range(5)] * 2)
+    assert [len(step) for step in steps] == [STEP_SAMPLES] * 5 and sorted(k for step in steps for k in step) == sorted([*range(5)] * 2)
     assert plan(5, 5, seed=0) == steps != plan(5, 5, seed=1)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, TUNE_SAMPLES // STEP_SAMPLES, 200])
+def test_no_sequence_has_a_second_turn_until_there_are_as_many_as_there_may_be(steps):
+    samples = recipe(tune_steps=steps).tune_samples
+    turns = [k for step in plan(samples, steps, seed=0) for k in step] if steps else []
+    assert len(turns) == steps * STEP_SAMPLES and samples == min(len(turns), TUNE_SAMPLES)
+    assert set(turns[:samples]) == set(range(samples))
 
 
 def test_the_divergence_is_that_of_the_formula():
