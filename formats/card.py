@@ -91,7 +91,8 @@ def calibration_line(used):
     """What a model was calibrated on, in a line.  used: the protocol of a calibration, or None."""
     if not used:
         return "It needed no calibration text, or its origin is not known."
-    return f"Calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}."
+    tuned = f", tuned on {used['tune_samples']} more" if "tune_samples" in used else ""
+    return f"Calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}{tuned}."
 
 
 def model_card(about, recipe, kind, readers, size):

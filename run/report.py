@@ -234,6 +234,7 @@ def describe(report):
     used = protocol["calibration"]
     calib = (
         f"calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}"
+        + (f", tuned on {used['tune_samples']} more" if "tune_samples" in used else "")
         if used
         else ""
     )

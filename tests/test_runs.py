@@ -181,6 +181,7 @@ def test_tuning_has_other_sequences_than_the_codes(json_of, monkeypatch, tmp_pat
     assert given["run_identity"].equal(torch.cat([fitted, given["tune"]])), "a killed run goes on with both"
     used = [run["protocol"]["calibration"] for run in (plain, tuned)]
     assert used[1] == used[0] | {"tune_samples": 8} and "tune_samples" not in used[0]
+    assert "own train, seed 0, tuned on 8 more" in tuned["out"] and "tuned on" not in plain["out"]
 
 
 def test_the_same_command_gives_the_same_numbers(json_of):
