@@ -89,7 +89,9 @@ def tasks_protocol(run, metric):
 
 
 def shared_protocol(run):
-    calibration = run["protocol"]["calibration"] or {}
+    calibration = dict(run["protocol"]["calibration"] or {})
+    if steps := run["recipe"].get("tune_steps"):  # other numbers of steps are other rows; results of earlier versions have no such windows
+        calibration[f"tune_samples of {steps} steps"] = calibration.pop("tune_samples", 0)
     return {"dtype": run["protocol"]["dtype"]} | {f"calibration {key}": value for key, value in calibration.items() if key != "seed"}
 
 

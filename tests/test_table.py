@@ -206,6 +206,23 @@ def test_protocols_are_not_mixed(results, tmp_path, monkeypatch, capsys, part, k
     assert "c.json" in err and key in err and f" is {value}, but" in err
 
 
+def test_as_many_steps_of_tuning_had_as_many_windows(results, tmp_path, monkeypatch, capsys):
+    """Other numbers of steps may have others; earlier versions tuned on the windows of the codes."""
+
+    def tuned(samples):
+        return lambda run: run["protocol"]["calibration"].update(tune_samples=samples)
+
+    awrq = {"method": "awrq", "wbits": 4, "act_bits": 8}
+    results("a.json", "opt-125m", {"c4": 20}, **awrq)
+    results("b.json", "opt-125m", {"c4": 21}, tune_steps=4, edit=tuned(8), **awrq)
+    results("c.json", "opt-125m", {"c4": 22}, tune_steps=8, edit=tuned(16), **awrq)
+    rows = tables(tmp_path / "opt", capsys)["c4"]
+    assert [rows[f"awrq W4A8{name}"]["opt-125m"] for name in ("", ", tune_steps 4", ", tune_steps 8")] == ["20.00", "21.00", "22.00"]
+    results("d.json", "opt-125m", {"c4": 23}, tune_steps=8, seed=1, **awrq)
+    err = fails([tmp_path / "opt"], monkeypatch, capsys)
+    assert "d.json" in err and "tune_samples of 8 steps is 0, but 16" in err
+
+
 def test_bad_input_is_one_line(results, tmp_path, monkeypatch, capsys):
     assert "no *.json there" in fails([tmp_path / "nowhere"], monkeypatch, capsys)
     results("a.json", "opt-125m", {"c4": 20})
