@@ -28,13 +28,13 @@ class Moments(gptq.Hessian):
         """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x)."""
         target = x if target is None else target
         bits, per_token, _ = self.acts
-        if x.is_cuda and bits <= 8 and not per_token:
+        if x.is_cuda and bits <= 8 and not per_token and self.weights is None:
             self.add_codes(x, target)
         else:
             xq = fake_quant_act(x, *self.acts)
+            for t, q in zip(self.weighted(target), self.weighted(xq), strict=True):
+                gptq.add_product(self.M, t.float() - q.float(), q.float())  # the difference first: that of two products would cancel
             super().add(xq)
-            for t, q in zip(target.float(), xq.float(), strict=True):
-                gptq.add_product(self.M, t - q, q)  # the difference before the product: that of two products would cancel
 
     def add_codes(self, x, target):
         """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.

@@ -51,19 +51,27 @@ def row_spans(total):
 
 
 class Hessian:
-    """H = sum of x^T x over all tokens seen, (C, C).  Published: the mean over sequences, which differs for dead columns only.
+    """H = sum of x^T x over all tokens seen, times their weights, (C, C).  Published: the mean over sequences, which differs for dead
+    columns only.
 
     It is float64 while sequences are added, not filled in below the diagonal; `finish` makes it the float32 matrix that the solver takes.
     """
 
     def __init__(self, columns, recipe, device):
         self.H, self.sequences = torch.zeros(columns, columns, dtype=torch.float64, device=device), 0
+        self.weights = None  # (n, T) of all tokens that will be added; None: all count alike
 
     def add(self, x):
         """x (B, T, C)"""
-        self.sequences += len(x)
-        for sequence in x:
+        for sequence in self.weighted(x):
             add_product(self.H, sequence, sequence)
+        self.sequences += len(x)
+
+    def weighted(self, x):
+        """The next sequences x (B, T, C), each token times the root of its weight: then its products have the weight."""
+        if self.weights is None:
+            return x
+        return x.float() * self.weights[self.sequences : self.sequences + len(x), :, None].to(x.device).sqrt()
 
     def reduce(self, world, owner):
         """Add up what the processes of a processes.World have seen, at the owner."""

@@ -122,6 +122,7 @@ class Sequences:
     def __init__(self, place):
         self.place, self.x, self.arguments = place, [], {}  # arguments: {(name of the block, (B, T)): {...}}
         self.now = None  # the current batch
+        self.weights = None  # {linear: (n, T)}: how much the tokens of all batches count in its statistics; None: alike
 
     def __len__(self):
         return len(self.x)
@@ -288,9 +289,10 @@ class Decoder:
         """Block i in host memory."""
         return self.source.build(self.empty_block(i), self.source.read(i), self.batch)
 
-    def visits(self, device, desc, first=0):
-        """(i, block on the device) from the first block on, with a progress bar; it is emptied when the next one is asked for."""
-        for i in tqdm(range(first, len(self)), desc=desc, unit="block", leave=False, initial=first, total=len(self)):
+    def visits(self, device, desc, first=0, backwards=False):
+        """(i, block on the device) from block `first` on, or back to it, with a progress bar; emptied when the next one is asked for."""
+        order = range(first, len(self))
+        for i in tqdm(order[::-1] if backwards else order, desc=desc, unit="block", leave=False, initial=first, total=len(self)):
             block = self.block(i).to(device)
             yield i, block
             block.to("meta")

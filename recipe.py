@@ -97,6 +97,7 @@ class Recipe:
     percdamp: float = 0.01
     actorder: bool = False
     true_sequential: bool = False
+    guided: bool = False  # tokens count by how much the loss depends on what a layer gives for them: see run/guide.py
     target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
     target_mix: float = 0.5  # share of the latter
     bias_correction: bool = False

@@ -142,7 +142,7 @@ def make_recipe(values, typed, fallback):
     for usable, what, flags in (
         (method.weights, "quantize weights", ("wbits", "groupsize", "sym", "blocksize", "clip", "bias_correction", "tune_steps")),
         (method.weights, "quantize weights, so nothing is kept", ("rest_dtype",)),
-        (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "grid", "target")),
+        (method.stats, "compensate errors", ("percdamp", "actorder", "true_sequential", "guided", "grid", "target")),
         (method.stats or values["clip"] != "hessian", "compensate errors", ("clip",)),
         (method.stats and values["target"] == "stream", "use a mix" + " without --target stream" * bool(method.stats), ("target_mix",)),
         (method.weights or acts, "quantize anything", ("rotate",)),

@@ -194,6 +194,9 @@ def add_solver_flags(group):
     )
     group.add_argument("--true-sequential", action=SWITCH, default=False, help="let each group of linears see the ones before it quantized")
     group.add_argument(
+        "--guided", action=SWITCH, default=False, help="weigh tokens by the gradient of the loss at the outputs of each layer"
+    )
+    group.add_argument(
         "--grid",
         choices=GRIDS,
         default="weight",

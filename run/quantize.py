@@ -12,6 +12,7 @@ from quant import Batch, Grid, Means, fake_quant_act, from_int, replace_linears
 from recipe import METHODS
 from rotate import Rotated
 from run.calibrate import FirstSequences, Stream, observe, repeated
+from run.guide import token_weights
 from runtime import Clock
 from smoothquant import AbsMax, fold_group, search_scale, smooth_scale
 
@@ -118,6 +119,8 @@ class BlockQuantizer:
         biased = [g for g in step if recipe.bias_correction and any(self.linears[n].bias is not None for n in g.linears)]
         sample = {g: FirstSequences(1) for g in step}
         stats = {g: resolve_name(self.method.stats)(self.width(g), recipe, device) for g in step} if self.method.stats else {}
+        for g, seen in stats.items() if recipe.guided else ():
+            seen.weights = self.sequences.weights[g.linears[0]]
         means = {g: Means(self.width(g), recipe, device) for g in biased}
         observers = {self.first(g): [kind[g] for kind in (sample, stats, means) if g in kind] for g in step}
         observe(self.block, self.sequences, self.name, observers, stream, rest=len(step) == len(self.groups))
@@ -220,12 +223,18 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
         return
     if METHODS[recipe.method].stats is None and not recipe.smooth and not recipe.bias_correction:
         ids = ids[:1]  # this method collects no statistics: one sequence is enough for the errors
+    batches = world.own(ids.split(walk_batch))
+    guidance = [None] * len(decoder)
+    if recipe.guided:
+        with clock("guidance"):
+            guidance = token_weights(decoder, torch.cat([ids[:0], *batches]), place.device, world)
     with clock("capture"):
-        sequences = decoder.embed(world.own(ids.split(walk_batch)), place)
+        sequences = decoder.embed(batches, place)
     streams = [sequences, Stream(sequences, recipe.target_mix)] if recipe.target == "stream" else [sequences]
     if store.finished:
         store.restore_inputs(streams)
     for i, block in decoder.visits(place.device, f"quantizing ({recipe.method})", store.finished):
+        sequences.weights = guidance[i]
         layers, made = BlockQuantizer(i, block, sequences, decoder, recipe, clock, world).run(*streams[1:])
         with clock("writing"):
             store.put(i, made, [asdict(layer) for layer in layers], streams)

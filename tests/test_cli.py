@@ -109,7 +109,15 @@ def refusals():
             flags = ("--wbits 4", "--groupsize 64", "--sym", "--blocksize 8", "--clip mse", "--bias_correction")
             yield from ((f"{start} {flag}", flag) for flag in flags)
         if not row.stats:
-            flags = ("--percdamp 0.1", "--actorder", "--true-sequential", "--grid reformulated", "--target stream", "--clip hessian")
+            flags = (
+                "--percdamp 0.1",
+                "--actorder",
+                "--true-sequential",
+                "--guided",
+                "--grid reformulated",
+                "--target stream",
+                "--clip hessian",
+            )
             yield from ((f"{start} {flag}", flag) for flag in flags)
         yield f"{start} --target_mix 0.3", "--target_mix 0.3"  # without --target stream, if it can be
         if False not in row.smooth:

@@ -124,6 +124,7 @@ CASES = {  # (family and variant, settings of the recipe, processes)
     "awrq": (LLAMA, {"method": "awrq"} | A, 2),
     "awrq smoothed": (OPT, {"method": "awrq", "smooth": True} | A, 3),
     "groups": (LLAMA, {"method": "awrq", "groupsize": 16, "wbits": 3, "act_bits": 8}, 2),
+    "guided": (OPT, {"method": "awrq", "guided": True} | A, 3),
     "rotated": (OPT, {"method": "awrq", "rotate": True} | A, 2),
     "plus": (LLAMA, {"method": "awrq"} | A | PLUS, 2),
     "plus of OPT": (OPT, {"method": "awrq"} | A | PLUS, 3),

@@ -93,6 +93,7 @@ FLAGS = {
     "--blocksize": ((*AWRQ, "--blocksize", "8"), ("recipe", "blocksize", 8), AWRQ),
     "--actorder": ((*GROUPED, "--actorder"), ("recipe", "actorder", True), GROUPED),
     "--true-sequential": ((*AWRQ, "--true-sequential"), ("recipe", "true_sequential", True), AWRQ),
+    "--guided": ((*AWRQ, "--guided"), ("recipe", "guided", True), AWRQ),
     "--grid": ((*AWRQ, "--grid", "reformulated"), ("recipe", "grid", "reformulated"), AWRQ),
     "--clip": ((*AWRQ, "--clip", "hessian"), ("recipe", "clip", "hessian"), (*AWRQ, "--clip", "mse")),
     "--target": ((*AWRQ, "--target", "stream"), ("recipe", "target", "stream"), AWRQ),
