@@ -90,6 +90,16 @@ def peak_bytes(device):
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
+def approximate(device):
+    """A context in which float32 products are computed in bfloat16, if the device has instructions for them: for what need not be exact."""
+    if device.type == "cuda":
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        quick = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=quick)
+
+
 class Place:
     """Where tensors are kept while they are not in use: on the device, in host memory, or in a folder that is removed after the run.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from modelutils import run_block
 from processes import ALONE
-from runtime import find_place, free_memory
+from runtime import approximate, find_place, free_memory
 
 
 def token_weights(decoder, ids, device, world=ALONE):
@@ -24,9 +24,10 @@ def token_weights(decoder, ids, device, world=ALONE):
     names = [group.linears[0] for group in decoder.family.groups]
     found = [{name: [] for name in names} for _ in range(len(decoder))]
     for part in ids.split(at_once(decoder, ids.shape[1])) if len(ids) else ():
-        for i, weights in backward(decoder, part, device):
-            for name in names:
-                found[i][name].append(weights[name])
+        with approximate(device):  # a weight of a thousand times another matters, not its last digits
+            for i, weights in backward(decoder, part, device):
+                for name in names:
+                    found[i][name].append(weights[name])
     whole = [{name: torch.cat(w) if w else torch.empty(ids.shape) for name, w in weights.items()} for weights in found]
     sums = torch.tensor([[weights[name].sum(dtype=torch.float64) for name in names] for weights in whole], device=world.device)
     world.add(sums)

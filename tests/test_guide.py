@@ -1,5 +1,7 @@
 """Guidance: the weights of tokens are those of the whole model's gradient, and count in the statistics."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,12 @@ from run.guide import token_weights
 
 IDS = token_ids(3, 16)
 AWRQ = Recipe(method="awrq", wbits=3, act_bits=8)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Products in float32, whatever the machine is quick at."""
+    monkeypatch.setattr(guide, "approximate", lambda device: nullcontext())
 
 
 def root_mean_square(gradients):
@@ -128,3 +136,13 @@ def test_tokens_that_cost_nothing_count_alike():
     model = tiny_model("llama", "llama3")
     model.lm_head.weight.data = torch.zeros_like(model.lm_head.weight)
     assert all((w == 1).all() for of in token_weights(decoder_of(model), IDS, CPU) for w in of.values())
+
+
+def test_approximate_weights_are_near(monkeypatch):
+    decoder = decoder_of(tiny_model("llama", "llama3"))
+    exact = token_weights(decoder, IDS, CPU)
+    monkeypatch.setattr(guide, "approximate", lambda device: torch.autocast("cpu", torch.bfloat16))
+    near = token_weights(decoder, IDS, CPU)
+    for a, b in zip(exact, near, strict=True):
+        for name, w in a.items():
+            assert 0 < (b[name] - w).norm() < 0.1 * w.norm(), name

@@ -30,6 +30,7 @@ RUN_ORDER = (
     "launch",
     "cli",
     "calibrate",
+    "guide",
     "quantize",
     "tune",
     "report",
