@@ -47,6 +47,11 @@ class TunedLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).view(*shape[:-1], -1)
 
 
+def teacher_place(decoder, ids, device):
+    """A Place for what a Teacher keeps.  Raises UsageError if there is none with room."""
+    return sequences_place(decoder.config, torch.float32, ids.numel(), device, streams=2)
+
+
 class Teacher:
     """The unquantized Decoder on the sequences ids (n, T).  Its blocks run once, its head on every request."""
 
@@ -54,7 +59,7 @@ class Teacher:
     def __init__(self, decoder, ids, device):
         decoder = as_float(decoder)
         self.device, self.head = device, decoder.head(device)
-        self.last = decoder.embed(ids.split(1), sequences_place(decoder.config, torch.float32, ids.numel(), device, streams=2))
+        self.last = decoder.embed(ids.split(1), teacher_place(decoder, ids, device))
         self.first, self.arguments = list(self.last.x), {name: found for (name, _), found in self.last.arguments.items()}
         for i, block in decoder.visits(device, "reading the unquantized model"):
             self.last.propagate(block, f"block {i}")

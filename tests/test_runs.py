@@ -17,7 +17,7 @@ from test_cli import PUBLISHED
 
 import opt
 from formats.original import Original
-from recipe import METHODS, PRESETS
+from recipe import METHODS, PRESETS, UsageError
 from run import cli as command_line
 from run import pipeline
 from run.report import SCHEMA
@@ -494,3 +494,11 @@ def test_an_error(tmp_path):
     run = user(tmp_path / "nowhere", "--method", "awrq", "--wbits", "4")
     assert run.returncode == 2 and not run.stdout
     assert len(messages(run.stderr)) == 1 and str(tmp_path / "nowhere") in run.stderr, run.stderr
+
+
+def test_room_for_tuning_is_found_before_quantizing(refused, monkeypatch):
+    def full(config, dtype, tokens, device, streams):
+        raise UsageError(f"no room for {tokens} tokens")
+
+    monkeypatch.setattr("run.tune.sequences_place", full)
+    refused(["no room for 128 tokens"], *AWRQ, "--tune_steps", "4")
