@@ -90,14 +90,17 @@ def peak_bytes(device):
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
-def approximate(device):
-    """A context in which float32 products are computed in bfloat16, if the device has instructions for them: for what need not be exact."""
+def approximate(device, dtype):
+    """A context for what need not be exact: float32 products are bfloat16's there, if the device has instructions for them.
+
+    Other types stay what they are.
+    """
     if device.type == "cuda":
         quick = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         found = torch.cpu.get_capabilities()
         quick = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=quick)
+    return torch.autocast(device.type, torch.bfloat16, enabled=quick and dtype == torch.float32)
 
 
 class Place:

@@ -24,7 +24,7 @@ def token_weights(decoder, ids, device, world=ALONE):
     names = [group.linears[0] for group in decoder.family.groups]
     found = [{name: [] for name in names} for _ in range(len(decoder))]
     for part in ids.split(at_once(decoder, ids.shape[1])) if len(ids) else ():
-        with approximate(device):  # a weight of a thousand times another matters, not its last digits
+        with approximate(device, decoder.dtype):  # a weight of a thousand times another matters, not its last digits
             for i, weights in backward(decoder, part, device):
                 for name in names:
                     found[i][name].append(weights[name])

@@ -147,3 +147,19 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_the_line_of_an_error():
     assert first_lines(ValueError("wrong:\n  a is 1.\nmore")) == "wrong: a is 1"
     assert first_lines(ConnectionError()) == "ConnectionError", "else the message would say nothing"
+
+
+@pytest.mark.parametrize(
+    ("quick", "dtype", "product"),
+    [
+        (True, torch.float32, torch.bfloat16),
+        (False, torch.float32, torch.float32),
+        (True, torch.float16, torch.float16),
+    ],
+)
+def test_products_that_need_not_be_exact(monkeypatch, quick, dtype, product):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": quick})
+    x = torch.ones(2, 2, dtype=dtype)
+    with runtime.approximate(torch.device("cpu"), dtype):
+        assert (x @ x).dtype == product
+    assert (x @ x).dtype == dtype
