@@ -24,10 +24,9 @@ def token_weights(decoder, ids, device, world=ALONE):
     names = [group.linears[0] for group in decoder.family.groups]
     found = [{name: [] for name in names} for _ in range(len(decoder))]
     for part in ids.split(at_once(decoder, ids.shape[1])) if len(ids) else ():
-        with approximate(device, decoder.dtype):  # a weight of a thousand times another matters, not its last digits
-            for i, weights in backward(decoder, part, device):
-                for name in names:
-                    found[i][name].append(weights[name])
+        for i, weights in backward(decoder, part, device):
+            for name in names:
+                found[i][name].append(weights[name])
     whole = [{name: torch.cat(w) if w else torch.empty(ids.shape) for name, w in weights.items()} for weights in found]
     sums = torch.tensor([[weights[name].sum(dtype=torch.float64) for name in names] for weights in whole], device=world.device)
     world.add(sums)
@@ -50,19 +49,20 @@ def at_once(decoder, tokens):
 def backward(decoder, ids, device):
     """The gradient of the loss of ids (n, T), block by block from the last to the first: yields i, {linear: root mean squares (n, T)}."""
     size = (len(decoder) + 1) * ids.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
-    place = find_place(size, device)
+    place, quick = find_place(size, device), partial(approximate, device, decoder.dtype)  # a weight's last digits do not matter
     sequences, inputs = decoder.embed(ids.split(1), place), []
     for i, block in decoder.visits(device, "reading the unquantized model"):
         inputs.append(list(sequences.x))
-        sequences.propagate(block, f"block {i}")
-    gradients = of_loss(decoder.head(device), sequences, ids)
+        with quick():
+            sequences.propagate(block, f"block {i}")
+    gradients = of_loss(decoder.head(device), sequences, ids, quick)
     for i, block in decoder.visits(device, "weighing tokens", backwards=True):
         outputs, weights = {}, []
         for name in decoder.linears:
             block.get_submodule(name).register_forward_hook(partial(keep, outputs, name))
         for k, x in enumerate(inputs.pop()):
             x = x.to(device).requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), quick():
                 out = run_block(block, x, sequences.arguments[f"block {i}", tuple(x.shape[:2])], f"block {i}")
             before, *found = torch.autograd.grad(out, (x, *outputs.values()), gradients[k].to(device))
             gradients[k] = place.put(before)
@@ -77,13 +77,18 @@ def keep(outputs, name, module, args, out):
     outputs[name] = out
 
 
-def of_loss(head, sequences, ids):
-    """The gradients (1, T, D) of the loss of each sequence, summed over its tokens, with respect to what the last block gives."""
+def of_loss(head, sequences, ids, quick):
+    """The gradients (1, T, D) of the loss of each sequence, summed over its tokens, with respect to what the last block gives.
+
+    quick(): the context in which logits are computed.
+    """
     gradients = []
     for k in range(len(sequences)):
         h = sequences[k].requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(head(h)[0, :-1].float(), ids[k, 1:].to(h.device), reduction="sum")
+            with quick():
+                logits = head(h)
+            loss = F.cross_entropy(logits[0, :-1].float(), ids[k, 1:].to(h.device), reduction="sum")
         gradients.append(sequences.place.put(torch.autograd.grad(loss, h)[0]))
     return gradients
 
