@@ -133,6 +133,7 @@ IN_WORDS = {
 # What is printed
 
 DEFAULTS = asdict(Recipe())
+CHANGES = 2  # settings of a preset; with more it is another recipe
 NAMED = ("method", "wbits", "act_bits", "smooth")  # these are at the start of a name
 DATA = ("calib_data", "nsamples", "seqlen", "seed")  # these are in the protocol
 
@@ -144,19 +145,30 @@ def options(recipe):
 
 
 def listed(options):
-    return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in options.items())
+    words = {True: "{}", False: "no {}"}
+    return "".join(", " + (words[value].format(name) if isinstance(value, bool) else f"{name} {value}") for name, value in options.items())
 
 
 def recipe_name(recipe):
-    """What a recipe (a dict) is called: method, bits, preset, and every other setting that is used and not the default."""
+    """What a recipe (a dict) is called: method, bits, the nearest preset, and every other setting that is used and not the default."""
     method = recipe["method"]
     name = method if method == "full" else f"{method} W{recipe['wbits']}A{recipe['act_bits']}"
-    presets = {preset: settings for preset, settings in PRESETS.items() if settings and settings.items() <= recipe.items()}
-    presets = {name: own for name, own in presets.items() if not any(own.items() < other.items() for other in presets.values())}
-    covered = [name for settings in presets.values() for name in settings]
-    if recipe["smooth"] and False in METHODS[method].smooth and "smooth" not in covered:
+    preset, changed = nearest_preset(recipe)
+    if recipe["smooth"] and False in METHODS[method].smooth and not preset:
         name += " + smoothing"
-    return name + "".join(f", {preset}" for preset in presets) + listed({k: v for k, v in options(recipe).items() if k not in covered})
+    others = {k: v for k, v in options(recipe).items() if k not in PRESETS.get(preset, ())}
+    return name + f", {preset}" * bool(preset) + listed(changed | others)
+
+
+def nearest_preset(recipe):
+    """The preset that a recipe (a dict) is but for CHANGES settings at most, and those: (name, {setting: value}); or ("", {})."""
+    changed = {
+        name: {key: recipe.get(key, DEFAULTS[key]) for key, value in own.items() if recipe.get(key, DEFAULTS[key]) != value}
+        for name, own in PRESETS.items()
+        if own
+    }
+    name = min(changed, key=lambda name: (len(changed[name]), -len(PRESETS[name])))
+    return (name, changed[name]) if len(changed[name]) <= CHANGES else ("", {})
 
 
 def table(header, rows):
