@@ -62,7 +62,6 @@ PLUS = {
     "percdamp": 0.03,
     "actorder": True,
     "true_sequential": True,
-    "guided": True,
     "target": "stream",
     "bias_correction": True,
 }

@@ -36,7 +36,7 @@ damp-0.01        --preset plus --percdamp 0.01
 damp-0.1         --preset plus --percdamp 0.1
 no-actorder      --preset plus --no-actorder
 no-sequential    --preset plus --no-true-sequential
-no-guided        --preset plus --no-guided
+guided           --preset plus --guided
 layer            --preset plus --target layer
 stream-only      --preset plus --target_mix 1
 no-bias          --preset plus --no-bias_correction
