@@ -28,7 +28,7 @@ def token_weights(decoder, ids, device, world=ALONE):
             for name in names:
                 found[i][name].append(weights[name])
     whole = [{name: torch.cat(w) if w else torch.empty(ids.shape) for name, w in weights.items()} for weights in found]
-    sums = torch.tensor([[weights[name].sum(dtype=torch.float64) for name in names] for weights in whole], device=world.device)
+    sums = torch.tensor([[weights[name].double().sum() for name in names] for weights in whole], dtype=torch.float64, device=world.device)
     world.add(sums)
     for weights, means in zip(whole, (sums / world.total(ids.numel())).tolist(), strict=True):
         for name, mean in zip(names, means, strict=True):
