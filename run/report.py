@@ -140,8 +140,12 @@ DATA = ("calib_data", "nsamples", "seqlen", "seed")  # these are in the protocol
 
 def options(recipe):
     """The settings of a recipe (a dict) that are used and not the default, {name: value}, without those of NAMED and DATA."""
-    unused = () if recipe["smooth"] else ("alpha", "min")
-    return {name: v for name, v in recipe.items() if name not in NAMED + DATA + unused and v != DEFAULTS.get(name)}
+    return {name: v for name, v in recipe.items() if name not in (*NAMED, *DATA, *unused(recipe)) and v != DEFAULTS.get(name)}
+
+
+def unused(recipe):
+    """The settings of a recipe (a dict) that change nothing in it."""
+    return ("alpha", "min", "smooth_search") * (not recipe["smooth"]) + ("act_pertoken", "act_sym") * (recipe["act_bits"] == 16)
 
 
 def listed(options):
@@ -162,12 +166,13 @@ def recipe_name(recipe):
 
 def nearest_preset(recipe):
     """The preset that a recipe (a dict) is but for CHANGES settings at most, and those: (name, {setting: value}); or ("", {})."""
+    given = DEFAULTS | recipe
     changed = {
-        name: {key: recipe.get(key, DEFAULTS[key]) for key, value in own.items() if recipe.get(key, DEFAULTS[key]) != value}
+        name: {key: given[key] for key, value in own.items() if key not in unused(recipe) and given[key] != value}
         for name, own in PRESETS.items()
         if own
     }
-    name = min(changed, key=lambda name: (len(changed[name]), -len(PRESETS[name])))
+    name = min(changed, key=lambda name: (len(changed[name]), -len(PRESETS[name].keys() - unused(recipe))))
     return (name, changed[name]) if len(changed[name]) <= CHANGES else ("", {})
 
 

@@ -91,7 +91,7 @@ def tasks_protocol(run, metric):
 def shared_protocol(run):
     calibration = dict(run["protocol"]["calibration"] or {})
     if steps := run["recipe"].get("tune_steps"):  # other numbers of steps are other rows; results of earlier versions have no such windows
-        calibration[f"tune_samples of {steps} steps"] = calibration.pop("tune_samples", 0)
+        calibration[f"tune_samples of {steps} steps"] = calibration.pop("tune_samples", "those of the codes")
     return {"dtype": run["protocol"]["dtype"]} | {f"calibration {key}": value for key, value in calibration.items() if key != "seed"}
 
 
@@ -246,7 +246,7 @@ def read_compact(places):
 
 def without_bits(recipe):
     """What a recipe is called in the ablation."""
-    return recipe_name(recipe | {"wbits": 16, "act_bits": 16, "min": DEFAULTS["min"]}).replace(" W16A16", "")  # --min is the script's
+    return recipe_name(recipe | {"wbits": 8, "act_bits": 8, "min": DEFAULTS["min"]}).replace(" W8A8", "")  # --min is the script's
 
 
 def counted(values, digits=3):

@@ -376,7 +376,15 @@ def test_a_preset_sets_what_a_single_option_overrides():
     old = {key: value for key, value in vars(served).items() if key not in ("bias_correction", "guided")}  # as of an older JSON
     assert recipe_name(old | {"tune_steps": 64}) == "awrq W4A8, serve, no bias_correction, tune_steps 64"
     assert recipe_name(vars(replace(recipe, guided=True))) == "awrq W4A8, plus, guided"
-    assert recipe_name(vars(replace(recipe, rotate=False, actorder=False, smooth=False))).startswith("awrq W4A8, grid reformulated")
+    for line, name in {
+        "--method gptq --wbits 4 --preset plus": "gptq W4A16, plus",
+        "--method gptq --wbits 4 --preset plus --no-smooth": "gptq W4A16, plus, no smooth",
+        "--method awrq --wbits 4 --preset plus --no-smooth --no-rotate": "awrq W4A8, plus, no rotate, no smooth",
+    }.items():
+        assert recipe_name(vars(recipe_of(opt, line))) == name, line
+    assert recipe_name(vars(replace(recipe, rotate=False, actorder=False, true_sequential=False))).startswith(
+        "awrq W4A8 + smoothing, grid reformulated"
+    )
     assert {key: getattr(changed, key) for key in PLUS.keys() - {"clip", "actorder"}} == {
         key: PLUS[key] for key in PLUS.keys() - {"clip", "actorder"}
     }

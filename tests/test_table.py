@@ -220,7 +220,7 @@ def test_as_many_steps_of_tuning_had_as_many_windows(results, tmp_path, monkeypa
     assert [rows[f"awrq W4A8{name}"]["opt-125m"] for name in ("", ", tune_steps 4", ", tune_steps 8")] == ["20.00", "21.00", "22.00"]
     results("d.json", "opt-125m", {"c4": 23}, tune_steps=8, seed=1, **awrq)
     err = fails([tmp_path / "opt"], monkeypatch, capsys)
-    assert "d.json" in err and "tune_samples of 8 steps is 0, but 16" in err
+    assert "d.json" in err and "tune_samples of 8 steps is those of the codes, but 16" in err
 
 
 def test_bad_input_is_one_line(results, tmp_path, monkeypatch, capsys):
