@@ -33,8 +33,9 @@ class Moments(gptq.Hessian):
         else:
             xq = fake_quant_act(x, *self.acts)
             for t, q in zip(self.weighted(target), self.weighted(xq), strict=True):
+                gptq.add_product(self.H, q, q)
                 gptq.add_product(self.M, t.float() - q.float(), q.float())  # the difference first: that of two products would cancel
-            super().add(xq)
+            self.sequences += len(x)
 
     def add_codes(self, x, target):
         """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.

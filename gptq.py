@@ -68,10 +68,9 @@ class Hessian:
         self.sequences += len(x)
 
     def weighted(self, x):
-        """The next sequences x (B, T, C), each token times the root of its weight: then its products have the weight."""
-        if self.weights is None:
-            return x
-        return x.float() * self.weights[self.sequences : self.sequences + len(x), :, None].to(x.device).sqrt()
+        """Yields the next sequences, of x (B, T, C), each token times the root of its weight: then its products have the weight."""
+        for k, sequence in enumerate(x, self.sequences):
+            yield sequence if self.weights is None else sequence.float() * self.weights[k, :, None].to(x.device).sqrt()
 
     def reduce(self, world, owner):
         """Add up what the processes of a processes.World have seen, at the owner."""

@@ -377,11 +377,11 @@ class Head(nn.Module):
     def __init__(self, decoder, device):
         super().__init__()
         unused = decoder.skeleton.get_input_embeddings()
-        self.width, self.h = unused.embedding_dim, None
-        self.model = decoder._ends([stand_in(decoder._blocks[0], lambda *_, **__: self.h)], device, unused)
+        self.width, self.given = unused.embedding_dim, (given := {})
+        self.model = decoder._ends([stand_in(decoder._blocks[0], lambda *_, **__: given.pop("h"))], device, unused)
 
     def forward(self, h):
-        self.h = h
+        self.given["h"] = h  # not an attribute that the stand-in reads: a module in a circle stays in memory
         nothing = h.new_zeros(*h.shape[:2], self.width)  # what would enter the first block: its place is the last one's output
         return self.model(inputs_embeds=nothing, use_cache=False).logits
 

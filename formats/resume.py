@@ -11,7 +11,7 @@ from tqdm import tqdm
 from formats.checkpoint import Store
 from formats.shards import Claim, read_json, read_shard, remove_partial, sha256, write_shard
 from processes import ALONE
-from recipe import UsageError
+from recipe import Recipe, UsageError
 from runtime import write_json
 
 FORMAT = 2  # of a --checkpoint_dir; another one is refused
@@ -90,6 +90,7 @@ class ResumableStore(Store):
                 raise UsageError(f"--checkpoint_dir {self.folder}: has other files in it; give it a folder of its own")
             write_json(path, run)
         there = read_json(path, ())
+        there["recipe"] = asdict(Recipe()) | there.get("recipe", {})  # settings that are newer than the folder were not there
         if other := list(differences(there | {"processes": self.world.size}, run | {"processes": self.world.size})):
             raise UsageError(f"--checkpoint_dir {self.folder}: is of another run: {abbreviate(other)}; give another folder")
         if there.get("processes") != self.world.size:

@@ -12,51 +12,58 @@ import torch.nn.functional as F
 
 from modelutils import run_block
 from processes import ALONE
-from runtime import approximate, find_place, free_memory
+from runtime import approximate, find_place, free_memory, release
 
 
-def token_weights(decoder, ids, device, world=ALONE):
-    """How much tokens count in the statistics of each block: [{linear: (n, T) float32}], by the first linear of each group.
+def token_weights(decoder, ids, device, world=ALONE, first=0):
+    """How much tokens count in the statistics of the blocks from `first` on: {i: {linear: (n, T) float32}}, by each group's first linear.
 
     decoder: the unquantized one; ids (n, T): the sequences of this process of a processes.World.  The mean over the sequences of all is 1.
-    Raises FloatingPointError, naming block and layer, for NaN or Inf.
+    Smoothing comes later: the weights are of the block before.  Raises FloatingPointError, naming block and layer, for NaN or Inf.
     """
     names = [group.linears[0] for group in decoder.family.groups]
-    found = [{name: [] for name in names} for _ in range(len(decoder))]
+    found = {i: {name: [] for name in names} for i in range(first, len(decoder))}
     for part in ids.split(at_once(decoder, ids.shape[1])) if len(ids) else ():
-        for i, weights in backward(decoder, part, device):
+        for i, weights in backward(decoder, part, device, first):
             for name in names:
                 found[i][name].append(weights[name])
-    whole = [{name: torch.cat(w) if w else torch.empty(ids.shape) for name, w in weights.items()} for weights in found]
-    sums = torch.tensor([[weights[name].double().sum() for name in names] for weights in whole], dtype=torch.float64, device=world.device)
+        release(device)
+    whole = {i: {name: torch.cat(w) if w else torch.empty(ids.shape) for name, w in weights.items()} for i, weights in found.items()}
+    sums = torch.tensor([[w.double().sum() for w in weights.values()] for weights in whole.values()], dtype=torch.float64)
+    sums = sums.to(world.device or "cpu")
     world.add(sums)
-    for weights, means in zip(whole, (sums / world.total(ids.numel())).tolist(), strict=True):
+    for weights, means in zip(whole.values(), (sums / world.total(ids.numel())).tolist(), strict=True):
         for name, mean in zip(names, means, strict=True):
             weights[name] = weights[name] / mean if mean else torch.ones_like(weights[name])
     return whole
 
 
 def at_once(decoder, tokens):
-    """How many sequences of so many tokens go through the model together: half of the free memory holds what enters each block for them.
+    """How many sequences of so many tokens go through the model together: a quarter of the free memory holds what is kept of them.
 
     Each time the model is read twice.
     """
-    size = (len(decoder) + 1) * tokens * decoder.config.hidden_size * decoder.dtype.itemsize
-    return max(1, free_memory(torch.device("cpu")) // 2 // size)
+    return max(1, free_memory(torch.device("cpu")) // 4 // kept(decoder, tokens))
+
+
+def kept(decoder, tokens):
+    """Bytes of what enters each block, of the last one's output, and of a gradient."""
+    return (len(decoder) + 2) * tokens * decoder.config.hidden_size * decoder.dtype.itemsize
 
 
 @torch.no_grad()
-def backward(decoder, ids, device):
-    """The gradient of the loss of ids (n, T), block by block from the last to the first: yields i, {linear: root mean squares (n, T)}."""
-    size = (len(decoder) + 1) * ids.numel() * decoder.config.hidden_size * decoder.dtype.itemsize
-    place, quick = find_place(size, device), partial(approximate, device, decoder.dtype)  # a weight's last digits do not matter
+def backward(decoder, ids, device, first=0):
+    """The gradient of the loss of ids (n, T), from the last block back to `first`: yields i, {linear: root mean squares (n, T)}."""
+    place = find_place(kept(decoder, ids.numel()), device)
+    quick = partial(approximate, device, decoder.dtype)  # a weight's last digits do not matter
     sequences, inputs = decoder.embed(ids.split(1), place), []
     for i, block in decoder.visits(device, "reading the unquantized model"):
-        inputs.append(list(sequences.x))
+        inputs.append(list(sequences.x) if i >= first else [])
         with quick():
             sequences.propagate(block, f"block {i}")
     gradients = of_loss(decoder.head(device), sequences, ids, quick)
-    for i, block in decoder.visits(device, "weighing tokens", backwards=True):
+    sequences.x.clear()  # only its arguments are needed from here on
+    for i, block in decoder.visits(device, "weighing tokens", first, backwards=True):
         outputs, weights = {}, []
         for name in decoder.linears:
             block.get_submodule(name).register_forward_hook(partial(keep, outputs, name))
@@ -69,6 +76,7 @@ def backward(decoder, ids, device):
             found = dict(zip(outputs, found, strict=True))
             check(found, f"block {i}")
             weights.append({g.linears[0]: root_mean_square([found[name] for name in g.linears]) for g in decoder.family.groups})
+        outputs.clear()
         yield i, {name: torch.cat([of[name] for of in weights]) for name in weights[0]}
 
 

@@ -28,7 +28,7 @@ from run.checks import check_lengths, check_same, check_scratch, check_sharing, 
 from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
-from run.tune import teacher_place, tune
+from run.tune import check_room, tune
 from runtime import Clock, find_device, map_large_tensors, release
 
 
@@ -221,7 +221,7 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk):
         else:
             store = new_store(decoder, recipe, unfinished, walk.world)
         if recipe.tune_steps:
-            teacher_place(decoder, others, clock.device)  # or it would fail after hours
+            check_room(store, others, clock.device)  # or it would fail after hours
         place = calibration_place(decoder, fitted, recipe, clock.device, walk.world)
         print(f"calibration sequences are kept {place}")
         for done in quantize_blocks(decoder, fitted, recipe, store, place, walk.batch, clock):

@@ -224,17 +224,17 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     if METHODS[recipe.method].stats is None and not recipe.smooth and not recipe.bias_correction:
         ids = ids[:1]  # this method collects no statistics: one sequence is enough for the errors
     batches = world.own(ids.split(walk_batch))
-    guidance = [None] * len(decoder)
-    if recipe.guided:
+    guidance = {}
+    if recipe.guided and METHODS[recipe.method].stats:
         with clock("guidance"):
-            guidance = token_weights(decoder, torch.cat([ids[:0], *batches]), place.device, world)
+            guidance = token_weights(decoder, torch.cat([ids[:0], *batches]), place.device, world, store.finished)
     with clock("capture"):
         sequences = decoder.embed(batches, place)
     streams = [sequences, Stream(sequences, recipe.target_mix)] if recipe.target == "stream" else [sequences]
     if store.finished:
         store.restore_inputs(streams)
     for i, block in decoder.visits(place.device, f"quantizing ({recipe.method})", store.finished):
-        sequences.weights = guidance[i]
+        sequences.weights = guidance.pop(i, None)
         layers, made = BlockQuantizer(i, block, sequences, decoder, recipe, clock, world).run(*streams[1:])
         with clock("writing"):
             store.put(i, made, [asdict(layer) for layer in layers], streams)

@@ -47,6 +47,20 @@ class TunedLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).view(*shape[:-1], -1)
 
 
+def read_by(world, steps):
+    """The sequences that a process reads in these steps, in order."""
+    return sorted({k for numbers in steps for k in world.own(numbers)})
+
+
+def check_room(store, ids, device):
+    """Raises UsageError if there is no room for what `tune` will keep."""
+    done = len(store.tuning().get("divergence", ()))
+    if own := read_by(store.world, plan(len(ids), store.recipe.tune_steps, store.recipe.seed)[done:]):
+        place = teacher_place(store.original, ids[own], device)
+        if place.folder:
+            place.folder.cleanup()
+
+
 def teacher_place(decoder, ids, device):
     """A Place for what a Teacher keeps.  Raises UsageError if there is none with room."""
     return sequences_place(decoder.config, torch.float32, ids.numel(), device, streams=2)
@@ -155,7 +169,7 @@ def tune(store, ids, device):
     optimizer = Optimizer(student.parameters, len(steps))
     found = optimizer.restore(store.tuning())
     if len(found) < len(steps):
-        needed = sorted({k for numbers in steps[len(found) :] for k in world.own(numbers)})
+        needed = read_by(world, steps[len(found) :])
         teacher = Teacher(store.original, ids[needed], device) if needed else None  # there are more processes than STEP_SAMPLES
         for numbers in (bar := tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))):
             lost = world.total(sum(student.divergence(*teacher.sequence(needed.index(k))) for k in world.own(numbers))) / len(numbers)

@@ -1,5 +1,7 @@
 """Guidance: the weights of tokens are those of the whole model's gradient, and count in the statistics."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -49,7 +51,7 @@ def test_weights_are_those_of_the_whole_model(variant):
     decoder = decoder_of(tiny_model(*variant))
     expected = of_whole_model(tiny_model(*variant), decoder)
     found = token_weights(decoder, IDS, CPU)
-    for here, there in zip(found, expected, strict=True):
+    for here, there in zip(found.values(), expected, strict=True):
         assert here.keys() == there.keys()
         for name, w in here.items():
             torch.testing.assert_close(w, there[name], rtol=1e-3, atol=1e-4, msg=name)
@@ -61,7 +63,7 @@ def test_some_sequences_at_a_time(monkeypatch):
     decoder = decoder_of(tiny_model("llama", "llama3"))
     whole = token_weights(decoder, IDS, CPU)
     monkeypatch.setattr(guide, "at_once", lambda *_: 2)
-    for a, b in zip(token_weights(decoder, IDS, CPU), whole, strict=True):
+    for a, b in zip(token_weights(decoder, IDS, CPU).values(), whole.values(), strict=True):
         for name, w in a.items():
             torch.testing.assert_close(w, b[name], msg=name)
 
@@ -102,8 +104,8 @@ def test_a_run_weighs_the_tokens_of_each_block(monkeypatch):
     names = [(i, g.linears[0]) for i in range(2) for g in decoder.family.groups for _ in range(2)]  # two batches
     assert len(seen) == len(names) and all(torch.equal(w, expected[i][name]) for w, (i, name) in zip(seen, names, strict=True))
     assert not same_codes(guided, quantize(tiny_model("llama", "llama3"), IDS, Recipe(**vars(recipe) | {"guided": False}), 2)[1])
-    alike = [{name: torch.ones_like(w) for name, w in of.items()} for of in expected]
-    monkeypatch.setattr("run.quantize.token_weights", lambda *_: alike)
+    alike = {i: {name: torch.ones_like(w) for name, w in of.items()} for i, of in expected.items()}
+    monkeypatch.setattr("run.quantize.token_weights", lambda *_: dict(alike))
     unguided = quantize(tiny_model("llama", "llama3"), IDS, Recipe(**vars(recipe) | {"guided": False}), 2)[1]
     assert same_codes(quantize(tiny_model("llama", "llama3"), IDS, recipe, 2)[1], unguided)
 
@@ -135,7 +137,7 @@ def test_tokens_that_cost_nothing_count_alike():
     """A model whose head is zero has no gradient anywhere."""
     model = tiny_model("llama", "llama3")
     model.lm_head.weight.data = torch.zeros_like(model.lm_head.weight)
-    assert all((w == 1).all() for of in token_weights(decoder_of(model), IDS, CPU) for w in of.values())
+    assert all((w == 1).all() for of in token_weights(decoder_of(model), IDS, CPU).values() for w in of.values())
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -146,6 +148,25 @@ def test_approximate_weights_are_near(monkeypatch, turn):
     exact = token_weights(decoder, IDS, CPU)
     monkeypatch.setattr(guide, "approximate", lambda *_: torch.autocast("cpu", torch.bfloat16))
     near = token_weights(decoder, IDS, CPU)
-    for a, b in zip(exact, near, strict=True):
+    for a, b in zip(exact.values(), near.values(), strict=True):
         for name, w in a.items():
             assert 0 < (b[name] - w).norm() < 0.1 * w.norm(), name
+
+
+def test_a_run_that_goes_on_weighs_the_blocks_that_are_left():
+    decoder = decoder_of(tiny_model("llama", "llama3"))
+    whole, rest = token_weights(decoder, IDS, CPU), token_weights(decoder, IDS, CPU, first=1)
+    assert list(rest) == [1] and all(torch.equal(w, whole[1][name]) for name, w in rest[1].items())
+
+
+def test_the_head_is_freed_with_its_last_reference():
+    gc.collect()
+    gc.disable()
+    try:
+        head = decoder_of(tiny_model("llama", "llama3")).head(CPU)
+        head(torch.zeros(1, 2, 32))
+        weight = weakref.ref(head.model.lm_head.weight)
+        del head
+        assert weight() is None
+    finally:
+        gc.enable()
