@@ -130,8 +130,8 @@ def fitting(costs, processors, tokens, rows, columns, groupsize):
 def choose(library, gpu, processors, tokens, rows, columns, groupsize, produced=False):
     """(config, splits) for a shape on a GPU with so many multiprocessors: as measured, else by the default rules.
 
-    produced: whether x has a producer, for which decode_fused, in which every block quantizes all of x, would compute it again and again;
-    a measured cell has the best of the others behind it.
+    produced: whether x has a producer, for which decode_fused, in which every block quantizes all of x, would compute it again and again.
+    For this case a measured entry with decode_fused also names the best of the other kernels.
     """
     measured = tables().get(gpu, {}).get("cells", {}).get(cell(rows, columns, groupsize), ())
     for most, *found in measured:

@@ -19,7 +19,7 @@ def token_weights(decoder, ids, device, world=ALONE, first=0):
     """How much tokens count in the statistics of the blocks from `first` on: {i: {linear: (n, T) float32}}, by each group's first linear.
 
     decoder: the unquantized one; ids (n, T): the sequences of this process of a processes.World.  The mean over the sequences of all is 1.
-    Smoothing comes later: the weights are of the block before.  Raises FloatingPointError, naming block and layer, for NaN or Inf.
+    They are those of the block before it is smoothed.  Raises FloatingPointError, naming block and layer, for NaN or Inf.
     """
     names = [group.linears[0] for group in decoder.family.groups]
     found = {i: {name: [] for name in names} for i in range(first, len(decoder))}

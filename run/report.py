@@ -133,7 +133,7 @@ IN_WORDS = {
 # What is printed
 
 DEFAULTS = asdict(Recipe())
-CHANGES = 2  # settings of a preset; with more it is another recipe
+CHANGES = 2  # settings in which a recipe may differ from the preset that it is named after
 NAMED = ("method", "wbits", "act_bits", "smooth")  # these are at the start of a name
 DATA = ("calib_data", "nsamples", "seqlen", "seed")  # these are in the protocol
 
@@ -165,7 +165,10 @@ def recipe_name(recipe):
 
 
 def nearest_preset(recipe):
-    """The preset that a recipe (a dict) is but for CHANGES settings at most, and those: (name, {setting: value}); or ("", {})."""
+    """The preset that a recipe (a dict) differs least from, and how: (name, {setting: the recipe's value}).
+
+    ("", {}) if more than CHANGES settings differ.
+    """
     given = DEFAULTS | recipe
     changed = {
         name: {key: given[key] for key, value in own.items() if key not in unused(recipe) and given[key] != value}

@@ -1,8 +1,8 @@
 """Tuning: codes stay fixed; scales, norms and biases are trained to reproduce the logits of the unquantized model.
 
 The solver leaves each layer at the optimum of its own objective; what is left is how the errors of many layers add up.  So Adam (Kingma and
-Ba, 2015) minimizes the divergence of the whole model's logits, straight through the rounding of activations.  It does so on other sequences
-of the calibration text than those that the codes are fitted to, where these leave more of it: see docs/LOG.md.
+Ba, 2015) minimizes the divergence of the whole model's logits, straight through the rounding of activations.  It does so on
+sequences of the calibration text that the codes were not fitted to: what is learnt there gains more on other text (docs/LOG.md).
 Chen et al., "EfficientQAT" (2024), train step sizes end to end in the same way.  What is tuned is stored anyway: inference costs the same.
 """
 
