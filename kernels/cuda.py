@@ -146,6 +146,8 @@ def choose(library, gpu, processors, tokens, rows, columns, groupsize, produced=
             continue
         if tokens <= rule.get("tokens", tokens) and tokens * columns <= rule.get("elements", tokens * columns):
             if "tiles" in rule:
+                if not all(takes(library, config, 1, *shape) for config in rule["tiles"]):
+                    continue  # wgmma needs compute capability 9.0, and whole rows
                 config, parts = fitting(rule["tiles"], processors, *shape)
             else:
                 config = rule["config"]

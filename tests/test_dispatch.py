@@ -47,8 +47,13 @@ def test_what_has_a_producer_is_quantized_once(emulated, monkeypatch):
         assert cuda.choose(emulated, "GPU", 108, 4, 256, 512, 512, produced=produced) == wanted
 
 
-def test_default_rules_keep_all_processors_busy(emulated):
-    """One tile each where there are as many; splits where there are few; small tiles where large ones would leave the last wave empty."""
+def test_default_rules_keep_all_processors_busy(emulated, monkeypatch):
+    """One tile each where there are as many; splits where there are few; small tiles where large ones would leave the last wave empty.
+
+    So it is before compute capability 9.0, where no kernel uses wgmma.
+    """
+    taken = cuda.takes
+    monkeypatch.setattr(cuda, "takes", lambda library, config, *shape: not config.startswith("wgmma") and taken(library, config, *shape))
     for shape, wanted in (
         ((64, 13824, 5120), ("128x64", 1)),  # 108 tiles
         ((64, 5120, 13824), ("128x64", 5)),  # 40
@@ -58,6 +63,19 @@ def test_default_rules_keep_all_processors_busy(emulated):
         ((16, 5120, 5120), ("decode", 1)),
     ):
         assert cuda.choose(emulated, "some GPU", 108, *shape, shape[2]) == wanted, shape
+
+
+def test_default_rules_take_wgmma_where_it_is(emulated):
+    """For many tokens, where an H200 was fastest with it, and for whole rows, which is all that it takes."""
+    for shape, wanted in (
+        ((512, 13824, 5120), ("wgmma256x128", 1)),
+        ((2048, 5120, 13824), ("wgmma256x128", 1)),
+        ((256, 5120, 13824), ("wgmma256x128", 3)),
+        ((64, 13824, 5120), ("128x32", 1)),
+        ((16, 13824, 5120), ("decode", 1)),
+    ):
+        assert cuda.choose(emulated, "some GPU", 132, *shape, shape[2]) == wanted, shape
+    assert not cuda.choose(emulated, "some GPU", 132, 512, 13824, 5120, 128)[0].startswith("wgmma")
 
 
 def test_tuning_table_says_what_was_measured(monkeypatch):
