@@ -27,6 +27,7 @@ gptq         --method gptq --act_quant
 plus         --method awrq --preset plus
 plus-guided  --method awrq --preset plus --guided
 plus-tuned   --method awrq --preset plus --tune_steps 64
+plus-guided-tuned --method awrq --preset plus --guided --tune_steps 64
 serve        --method awrq --preset serve
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
