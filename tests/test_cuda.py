@@ -86,8 +86,8 @@ def test_a_checkpoint_has_the_perplexity_of_the_torch_path(stand_in, family, set
     text = saved_demo(family, settings, tmp_path / "saved")
     same_perplexity(tmp_path / "saved", (text[:9], text[:33]), dtype)
     configs = {config for config, _ in stand_in}
-    assert {"decode_fused", "128x32"} <= configs <= {"decode_fused", "decode", "128x32", "128x64"}
-    assert ("decode" in configs) == (family == "llama")
+    large = {"128x64"} if family == "opt" or "groupsize" in settings else set()  # at 33 tokens, by the rules of these shapes
+    assert configs == {"decode_fused", "128x32"} | large | ({"decode"} if family == "llama" else set())
     blocks, passes, groups = 4, 4, 4  # two texts, a prompt and a step; q/k/v and gate/up are one product each
     assert len(stand_in) == passes * blocks * groups
     of_a_block = [1, 0, 1, 2] if family == "llama" else [0, 0, 0, 0]  # two norms and a gate
