@@ -66,7 +66,7 @@ def test_default_rules_keep_all_processors_busy(emulated, monkeypatch):
 
 
 def test_default_rules_take_wgmma_where_it_is(emulated):
-    """For many tokens, where an H200 was fastest with it, and for whole rows, which is all that it takes."""
+    """For many tokens, and for whole rows, which is all that it takes."""
     for shape, wanted in (
         ((512, 13824, 5120), ("wgmma256x128", 1)),
         ((2048, 5120, 13824), ("wgmma256x128", 1)),
