@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from recipe import METHODS, PRESETS, Recipe
 from run.paired import paired
-from runtime import Clock, commit, hardware, peak_bytes, versions, write_json
+from runtime import Clock, hardware, peak_bytes, versions, write_json
 
 SCHEMA = 1
 
@@ -20,9 +20,9 @@ SCHEMA = 1
 def report(recipe, decoder, found, clock):
     """Everything about a run, ready for JSON.
 
-    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "processes", "results", "full", "layers", "tuning",
-    "failed"}, where "full" are the results of the unquantized model, or None, "tuning" the divergence of every step, and "failed" {number:
-    why it is not there}.
+    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "processes", "commit", "results", "full", "layers",
+    "tuning", "failed"}, where "commit" is that of the code when the run began, "full" are the results of the unquantized model, or None,
+    "tuning" the divergence of every step, and "failed" {number: why it is not there}.
     """
     protocol = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -43,7 +43,7 @@ def report(recipe, decoder, found, clock):
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
         "peak_bytes": peak_bytes(clock.device),
         "versions": versions(),
-        "commit": commit(),
+        "commit": found["commit"],
         "hardware": hardware(clock.device) | {"processes": found.get("processes", 1)},
     }
 

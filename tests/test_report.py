@@ -41,7 +41,7 @@ def run_report(line="--method awrq --wbits 4 --smooth"):
     protocol = {"calibration": calibration if recipe.method != "full" else None, "evaluation": {"ptb": {}}}
     results = {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}, "tasks": {}}
     found = {"model": "a/model", "protocol": protocol, "walk_batch": 1, "results": results, "full": None}
-    found |= {"tuning": [], "failed": {}}
+    found |= {"tuning": [], "failed": {}, "commit": "c0ffee"}
     found["layers"] = [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)]
     return make_report(recipe, decoder_of(tiny_model()), found, clock), recipe
 
