@@ -149,7 +149,7 @@ def plot(rows, before, path):
 
 
 def main(args):
-    rows = []
+    rows, code = [], commit()  # read first: the checkout may change meanwhile
     with tempfile.TemporaryDirectory(prefix="awrq-memory-") as folder:
         write_text(Path(folder) / "data")
         imports = {family: measure(args.checkout, Path(folder), family, 1, "safetensors", True)["peak"] for family in SCRIPTS}
@@ -175,7 +175,7 @@ def main(args):
     hidden, mlp, heads, vocabulary = SIZES[args.small]
     protocol = {"command": "awrq W4A8 with --save, then perplexity", "calibration": f"{SEQUENCES} x {TOKENS} tokens", "dtype": "float32"}
     protocol |= {"weights": "random float16", "hidden": hidden, "intermediate": mlp, "heads": heads, "vocabulary": vocabulary}
-    report = {"protocol": protocol, "peak": "ru_maxrss of the process", "rows": rows, "versions": versions(), "commit": commit()}
+    report = {"protocol": protocol, "peak": "ru_maxrss of the process", "rows": rows, "versions": versions(), "commit": code}
     before = json.loads(Path(args.before).read_text())["rows"] if args.before else []
     report["before"] = before
     if args.output_path:

@@ -64,6 +64,7 @@ def solver(size, bits, where):
 
 def main(args):
     model_shape, device = shapes.model(args.shape), find_device(args.device)
+    machine = about(device)  # with the commit, read first: the checkout may change meanwhile
     blocks = min(args.blocks, model_shape.blocks)
     recipe = Recipe(args.method, wbits=args.wbits, act_bits=8, smooth=args.smooth, nsamples=args.nsamples, seqlen=args.seqlen)
     decoder = random_decoder(args.shape, blocks, recipe.seqlen, device)
@@ -89,7 +90,7 @@ def main(args):
         "schema": SCHEMA,
         "kind": "quantize",
         "note": None if device.type == "cuda" else CPU_NOTE,
-        "about": about(device),
+        "about": machine,
         "shape": args.shape,
         "blocks": blocks,
         "of": model_shape.blocks,

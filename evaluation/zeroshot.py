@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import datasets
+import numpy as np
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models import huggingface
@@ -319,8 +320,26 @@ class QuantizedLM(huggingface.HFLM):
             return super()._model_generate(context, **kwargs)
 
 
+def item_values(samples, row):
+    """{"metric,filter": "0110...", one digit per item in the order of the items} of a task, of metrics that are a mean of zeros and ones.
+
+    samples: what lm-eval logged of each item and filter; row: its results of the task.  Other metrics are left out.
+    """
+    values = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
+    return {
+        key: "".join(str(int(value)) for value in column)
+        for key, column in values.items()
+        if all(np.isscalar(value) and value in (0, 1) for value in column) and sum(column) / len(column) == row.get(key)
+    }
+
+
 def zero_shot(model, tokenizer, tasks, batch_size=1, world=ALONE, **settings):
     """What lm-eval finds of a materialized model on tasks (see load_tasks), with its versions and settings, ready for JSON.
+
+    Beside it, "items": {task: item_values of it}, with which models are compared item by item.
 
     batch_size: a number or "auto"; results do not depend on it.  world: the processes.World that shares the items.  settings: arguments of
     lm-eval's simple_evaluate, as num_fewshot, limit and apply_chat_template.
@@ -335,8 +354,11 @@ def zero_shot(model, tokenizer, tasks, batch_size=1, world=ALONE, **settings):
         lm,
         tasks=tasks,
         batch_size=batch_size,
-        log_samples=False,
+        log_samples=True,
         task_manager=task_manager(False),
         **settings,
     )
+    if world.first:  # what lm-eval returns to others depends on how they were started
+        samples = found.pop("samples")  # with the texts, which may be large or licensed
+        found["items"] = {task: item_values(samples[task], found["results"][task]) for task in samples}
     return json.loads(json.dumps(world.share(found), default=handle_non_serializable), parse_constant=lambda constant: None)

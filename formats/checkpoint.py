@@ -298,7 +298,10 @@ class Store:
             self.finish(partial, tokenizer, about)
 
     def finish(self, folder, tokenizer, about=None):
-        """Complete a folder that may already contain the blocks.  about: {"model", "calibration"}, for its config.json."""
+        """Complete a folder that may already contain the blocks.
+
+        about: {"model", "calibration", "commit"}, for its config.json; "commit": of the code when its work began (default: now).
+        """
         blocks, sums = len(self.original), {}
         for i in range(blocks):
             names = {name: f"{self.prefix}{i}.{name}" for name in self.blocks[i]}

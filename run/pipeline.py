@@ -29,7 +29,7 @@ from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
 from run.tune import check_room, tune
-from runtime import Clock, find_device, map_large_tensors, release
+from runtime import Clock, commit, find_device, map_large_tensors, release
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def execute(run, launch=None):
     launch: the run.launch.Launch of several processes.  Returns {number: reason} for tasks that failed during their evaluation.
     """
     # ---- What can be wrong is found before any long work ----
+    code = commit()  # read first: the checkout may change while the run works
     map_large_tensors()
     device = find_device(launch.device(run.device) if launch else run.device)
     world = launch.connect(device) if launch else ALONE
@@ -91,7 +92,8 @@ def execute(run, launch=None):
     check_same(world, protocol, ids, texts)
 
     # ---- Numbers, each written as soon as it is known ----
-    about = {"model": subject.model, "protocol": protocol, "walk_batch": walk.batch, "processes": world.size}
+    origin = {"model": subject.model, "calibration": protocol["calibration"], "commit": code}
+    about = {"model": subject.model, "protocol": protocol, "walk_batch": walk.batch, "processes": world.size, "commit": code}
     record = Record(recipe, about, clock, run.output_path)
 
     def measured(decoder):
@@ -100,10 +102,9 @@ def execute(run, launch=None):
     if run.compare_full:
         record.add("full", original, measured(original))
     if not run.load and recipe.method != "full":
-        decoder, made = quantize(run, decoder, subject, ids, protocol["calibration"], clock, walk)
+        decoder, made = quantize(run, decoder, subject, ids, origin, clock, walk)
         record.found |= made
     if run.export:
-        origin = {"model": subject.model, "calibration": protocol["calibration"]}
         print("\n".join(export(decoder.source, run.export[1], run.export[0], tokenizer, run.gguf_like, origin)))
     record.add("results", decoder, measured(decoder))
     about = record.write(decoder)
@@ -200,10 +201,10 @@ def open_quantized(run, subject, device):
     return open_checkpoint(run.load, run.dtype, device, kernel, run.arithmetic)
 
 
-def quantize(run, decoder, subject, ids, calibration, clock, walk):
+def quantize(run, decoder, subject, ids, origin, clock, walk):
     """Quantize block by block, print the output errors of each, and write --save.
 
-    ids (nsamples + tune_samples, T), the latter for tuning; calibration: their protocol.
+    ids (nsamples + tune_samples, T), the latter for tuning; origin: what Store.finish has to tell.
 
     Returns the quantized Decoder, and {"layers": [Layer], "tuning": the divergence at every step of tuning, or []}.
     """
@@ -231,7 +232,7 @@ def quantize(run, decoder, subject, ids, calibration, clock, walk):
         divergence = tuned(store, others, clock) if recipe.tune_steps else []
         if run.save:
             with clock("writing"):
-                store.finish(unfinished, subject.tokenizer, {"model": subject.model, "calibration": calibration})
+                store.finish(unfinished, subject.tokenizer, origin)
                 check_saved(unfinished)
     if run.save:
         store.folder = store.folder if run.checkpoint_dir else Path(run.save)

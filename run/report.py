@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 
 from recipe import METHODS, PRESETS, Recipe
-from runtime import Clock, commit, hardware, peak_bytes, versions, write_json
+from run.paired import paired
+from runtime import Clock, hardware, peak_bytes, versions, write_json
 
 SCHEMA = 1
 
@@ -19,9 +20,9 @@ SCHEMA = 1
 def report(recipe, decoder, found, clock):
     """Everything about a run, ready for JSON.
 
-    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "processes", "results", "full", "layers", "tuning",
-    "failed"}, where "full" are the results of the unquantized model, or None, "tuning" the divergence of every step, and "failed" {number:
-    why it is not there}.
+    decoder: the one that was measured.  found: {"model", "protocol", "walk_batch", "processes", "commit", "results", "full", "layers",
+    "tuning", "failed"}, where "commit" is that of the code when the run began, "full" are the results of the unquantized model, or None,
+    "tuning" the divergence of every step, and "failed" {number: why it is not there}.
     """
     protocol = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -42,7 +43,7 @@ def report(recipe, decoder, found, clock):
         "seconds": {activity: round(seconds, 3) for activity, seconds in clock.seconds.items()},
         "peak_bytes": peak_bytes(clock.device),
         "versions": versions(),
-        "commit": commit(),
+        "commit": found["commit"],
         "hardware": hardware(clock.device) | {"processes": found.get("processes", 1)},
     }
 
@@ -94,14 +95,20 @@ def merged(old, new):
 
 
 def metrics(row):
-    """[(metric, value, standard error or None)] of a row of results; the filter of the answers, if any, follows the name of the metric."""
+    """[(metric, value, standard error or None)] of a row of results."""
     found = []
     for key, value in row.items():
         metric, _, name = key.partition(",")
         if name and not metric.endswith("_stderr"):
             error = row.get(f"{metric}_stderr,{name}")
-            found.append((metric if name == "none" else f"{metric} ({name})", value, error if isinstance(error, float) else None))
+            found.append((metric_name(key), value, error if isinstance(error, float) else None))
     return found
+
+
+def metric_name(key):
+    """What lm-eval's "metric,filter" is called: the filter of the answers, if any, follows the name of the metric."""
+    metric, _, name = key.partition(",")
+    return metric if name == "none" else f"{metric} ({name})"
 
 
 def task_in_words(found):
@@ -212,12 +219,15 @@ def spread(values, digits=3):
     return f"{statistics.mean(values):.{digits}f}{half}"
 
 
-def task_table(runs):
-    """Markdown: every metric of every task, and the average accuracy.  runs: {label: what zero_shot returned}, of the same tasks."""
+def task_table(runs, base="full"):
+    """Markdown: every metric of every task, the average accuracy, and the differences of each model from `base`, paired.
+
+    runs: {label: what zero_shot returned}, of the same tasks; base: the label of the unquantized model, if it is there.
+    """
     rows = []
 
-    def add(*first, value, error):
-        rows.append((*first, f"{value:.4f}" if isinstance(value, float) else value, "" if error is None else f"{error:.4f}"))
+    def add(*first, value, error, sign=""):
+        rows.append((*first, f"{value:{sign}.4f}" if isinstance(value, float) else value, "" if error is None else f"{error:.4f}"))
 
     for task in dict.fromkeys(task for found in runs.values() for task in found["results"]):  # one that failed is not in all
         for label, found in runs.items():
@@ -228,7 +238,21 @@ def task_table(runs):
         for label in (label for label in runs if values[label]):
             value, error = average(list(values[label].values()))
             add("average", "", "acc", label, value=value, error=error)
+    for label in (label for label in runs if base in runs and label != base):
+        for task, key, value, error in differences(runs[label], runs[base]):
+            add(task, runs[label]["n-shot"].get(task, ""), metric_name(key), f"{label} - {base}", value=value, error=error, sign="+")
     return table(("task", "shots", "metric", "model", "value", "stderr"), rows)
+
+
+def differences(found, base):
+    """[(task, "metric,filter", difference, its paired standard error or None)] of two models, the average accuracy last.
+
+    found, base: what zero_shot returned of each; a metric of which they do not have the same items is left out.
+    """
+    tasks, others = accuracies(found), accuracies(base)
+    places = [(task, key, [task]) for task, items in found.get("items", {}).items() for key in items]
+    places += [("average", "acc,none", tasks)] if tasks.keys() == others.keys() else []
+    return [(task, key, *pair) for task, key, tasks in places if (pair := paired(found, base, tasks, key))]
 
 
 def show(report, table_results=False):

@@ -83,8 +83,8 @@ def perplexity(model, ids, seqlen, desc):
     return {"ppl": torch.stack(losses).mean().exp().item(), "windows": len(windows), "seqlen": seqlen, "tokens": windows.numel()}
 
 
-def cell(args, how, seed, tokenizer, texts):
-    """One result, in the schema of opt.py and main.py.  texts: {corpus: (ids, protocol)}"""
+def cell(args, how, seed, tokenizer, texts, code):
+    """One result, in the schema of opt.py and main.py.  texts: {corpus: (ids, protocol)}; code: the commit when the script began."""
     import llmcompressor
 
     ids, used = calibration(args.calib_data, tokenizer, args.nsamples, args.seqlen, seed, args.data_dir)
@@ -107,12 +107,13 @@ def cell(args, how, seed, tokenizer, texts):
         "full": None,
         "seconds": {},
         "versions": versions() | {"llmcompressor": llmcompressor.__version__},
-        "commit": commit(),
+        "commit": code,
         "hardware": hardware(torch.device("cpu")),
     }
 
 
 def main(args):
+    code = commit()  # read first: the checkout may change meanwhile
     try:
         import llmcompressor  # noqa: F401
     except ImportError as e:
@@ -127,7 +128,7 @@ def main(args):
             if file.exists():
                 print(f"{file}: done before")
                 continue
-            found = cell(args, how, seed, tokenizer, texts)
+            found = cell(args, how, seed, tokenizer, texts, code)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, found)
             before = ", ".join(f"{name} {row['ppl']:.4f}" for name, row in found["transformed"].items())

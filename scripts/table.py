@@ -2,7 +2,8 @@
 
 python scripts/table.py out/opt        (any number of folders; every *.json in them is a result of opt.py or main.py)
 
-Perplexities: one table per corpus, columns are models.  Tasks: one per model and metric, in percent, columns are tasks.
+Perplexities: one table per corpus, columns are models.  Tasks: one per model and metric, in percent, columns are tasks; where full has the
+same items, "average - full" is the difference with its paired standard error.
 
 Runs that differ in their seed alone share a cell: mean ± half the range (how many).
 
@@ -25,11 +26,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipe import METHODS, UsageError
 from run.flags import Parser
+from run.paired import paired
 from run.report import DEFAULTS, SCHEMA, accuracies, average, recipe_name, spread, table
 from runtime import write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 METRICS = ("acc", "acc_norm")
+LESS = "average - full"
 AROUND = ("chat_template", "system_instruction", "fewshot_as_multiturn")  # of a prompt, where there is anything
 
 
@@ -207,11 +210,23 @@ def tasks_table(runs, model, metric):
         value, error = values[0]
         return f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
-    def numbers(run):
-        found = accuracies(run["results"]["tasks"], metric)
-        return found | ({"average": average(list(found.values()))} if list(found) == tasks and run.get("complete", True) else {})
+    full = next((run["results"]["tasks"] for run in runs.values() if run["recipe"]["method"] == "full"), {})
 
-    return grid(f"{model}, {metric}", [*tasks, "average"], *gather(runs, numbers, rows, percent), lines_of(runs, used, notes))
+    def numbers(run):
+        results = run["results"]["tasks"]
+        found = accuracies(results, metric)
+        if list(found) != tasks or not run.get("complete", True):
+            return found
+        pair = paired(results, full, tasks, f"{metric},none") if results is not full else None
+        return found | {"average": average(list(found.values()))} | ({LESS: pair} if pair else {})
+
+    ours, *others = gather(runs, numbers, rows, percent)
+    notes = lines_of(runs, used, notes)
+    columns = [*tasks, "average"]
+    if any(column == LESS for _, column in ours):
+        columns.append(LESS)
+        notes.append(f"{LESS}: of the same items, ± the paired standard error")
+    return grid(f"{model}, {metric}", columns, ours, *others, notes)
 
 
 # ---------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def blank():
     calibration = {"corpus": "c4", "split": "train", "source": "hub", "rule": "random", "nsamples": 128, "seqlen": 2048, "seed": 0}
     protocol = {"calibration": calibration, "evaluation": {}}
     found = {"model": "", "protocol": protocol | {"tasks": {}}, "walk_batch": 1, "results": {"perplexity": {}, "tasks": {}}, "full": None}
-    found |= {"tuning": [], "failed": {}}
+    found |= {"tuning": [], "failed": {}, "commit": None}
     found["layers"] = [Layer(0, "fc1", 0.5)]
     return report(Recipe(), decoder_of(tiny_model().half()), found, Clock(CPU))
 

@@ -33,6 +33,7 @@ RUN_ORDER = (
     "guide",
     "quantize",
     "tune",
+    "paired",
     "report",
     "publish",
     "checks",

@@ -83,6 +83,9 @@ def test_tasks_and_text_of_both_models_in_one_run(run, tiny_llama, corpora, tmp_
         assert ["average", "", "acc", label] in [row[:4] for row in rows]
     assert result["full"]["perplexity"] != result["results"]["perplexity"]
     tasks = result["results"]["tasks"]
+    (row,) = (row for row in rows if row[0] == "average" and row[3] == "awrq W4A8 + smoothing, min 0.01 - full")
+    ours, full = (numbers["tasks"]["results"]["world_why"]["acc,none"] for numbers in (result["results"], result["full"]))
+    assert float(row[4]) == pytest.approx(ours - full, abs=1e-4) and 0 <= float(row[5]) < 1
     assert {"results", "versions", "configs", "n-shot", "n-samples", "lm_eval_version"} <= tasks.keys()
     assert result["protocol"]["tasks"]["world_why"]["split"] == "test" and result["seconds"]["tasks"] > 0
 

@@ -235,10 +235,14 @@ def test_tasks_of_several_are_those_of_one(shots, tasks):
     def evaluated(world=World()):  # noqa: B008  never changed
         model = decoder_of(tiny_model(*LLAMA)).materialize(CPU)
         found = zero_shot(model, toy_tokenizer(), load_tasks(files), 2, world, num_fewshot=shots, limit=5)
-        return json.loads(json.dumps([found["results"], found["n-samples"]]), parse_float=lambda text: f"{float(text):.6g}")
+        return json.loads(json.dumps([found["results"], found["n-samples"], found["items"]]), parse_float=lambda text: f"{float(text):.6g}")
 
     one = evaluated()
-    assert len(one[0]) == len(files)
+    assert len(one[0]) == len(files) and {task: list(items) for task, items in one[2].items() if items} == {
+        "choices": ["acc,none", "acc_norm,none"],
+        "few": ["acc,none", "acc_norm,none"],
+        "generated": ["exact_match,none"],
+    }
     for size in (2, 5):
         assert in_world(size, evaluated, Path(files[0]).parent / f"world{size}") == [one] * size
 

@@ -1,6 +1,7 @@
 """A report is whole, says where it is from, and has no NaN; its tables are Markdown."""
 
 import json
+import math
 
 from conftest import recipe_of, tiny_model
 
@@ -40,7 +41,7 @@ def run_report(line="--method awrq --wbits 4 --smooth"):
     protocol = {"calibration": calibration if recipe.method != "full" else None, "evaluation": {"ptb": {}}}
     results = {"perplexity": {"ptb": {"ppl": 12.5, "windows": 2, "seqlen": 64, "tokens": 128}}, "tasks": {}}
     found = {"model": "a/model", "protocol": protocol, "walk_batch": 1, "results": results, "full": None}
-    found |= {"tuning": [], "failed": {}}
+    found |= {"tuning": [], "failed": {}, "commit": "c0ffee"}
     found["layers"] = [Layer(0, "fc1", 0.25), Layer(1, "fc2", 0.5)]
     return make_report(recipe, decoder_of(tiny_model()), found, clock), recipe
 
@@ -106,6 +107,34 @@ def test_averages_of_other_tasks_are_not_set_beside_each_other():
     whole = made_up(0.5, 0.25)
     lost = whole | {"results": {"copa": whole["results"]["copa"]}}
     assert "average" in task_table({"full": whole}) and "average" not in task_table({"full": whole, "awrq W4A8": lost})
+
+
+def with_items(found, **items):
+    return found | {"items": {task: {"acc,none": digits} for task, digits in items.items()}}
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_differences_from_the_full_model_are_paired():
+    full, ours = with_items(made_up(0.75, 0.25), copa="1110", piqa="0001"), with_items(made_up(0.5, 0.25), copa="1100", piqa="1000")
+    error = math.sqrt(0.25 / 4), math.sqrt(2 / 3 / 4)  # d is 0 0 -1 0 and 1 0 0 -1
+    rows = cells_of(task_table({"full": full, "awrq W4A8": ours}))
+    assert rows[-3:] == [
+        ["copa", "0", "acc", "awrq W4A8 - full", "-0.2500", f"{error[0]:.4f}"],
+        ["piqa", "0", "acc", "awrq W4A8 - full", "+0.0000", f"{error[1]:.4f}"],
+        ["average", "", "acc", "awrq W4A8 - full", "-0.1250", f"{math.hypot(*error) / 2:.4f}"],
+    ]
+    assert rows[:-3] == cells_of(task_table({"full": made_up(0.75, 0.25), "awrq W4A8": made_up(0.5, 0.25)})), "results without items"
+    named = cells_of(task_table({"this model": ours, "unquantized": full}, base="unquantized"))
+    assert named[-1] == ["average", "", "acc", "this model - unquantized", *rows[-1][4:]]
+
+
+def test_a_task_that_failed_for_one_model_is_in_no_difference():
+    full, ours = with_items(made_up(0.75, 0.25), copa="1110", piqa="0001"), with_items(made_up(0.5, 0.25), copa="1100")
+    del ours["results"]["piqa"]
+    assert [row[0] for row in cells_of(task_table({"full": full, "awrq W4A8": ours})) if row[3] == "awrq W4A8 - full"] == ["copa"]
 
 
 def test_a_metric_after_several_filters_is_told_apart():

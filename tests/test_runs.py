@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import PUBLISHED
 
 import opt
+from formats import checkpoint
 from formats.original import Original
 from recipe import METHODS, PRESETS, UsageError
 from run import cli as command_line
@@ -229,6 +230,15 @@ def test_a_task_whose_data_is_missing(cli, tiny_opt, corpora):
     assert status == 2 and "storycloze_2018" in err[-1] and "--data_dir" in err[-1], err
     status, out, err = cli(*arguments, "--skip_missing", "--table_results")
     assert status == 0 and "| world_why" in out and any("skipped: storycloze_2018" in line for line in err), err
+
+
+def test_the_commit_is_that_at_the_start(json_of, monkeypatch, tmp_path):
+    """A checkout that moves while a run works changes nothing that the run does."""
+    commits = iter(["first", *["later"] * 9])
+    for module in (pipeline, checkpoint):
+        monkeypatch.setattr(module, "commit", lambda: next(commits))
+    assert json_of(*AWRQ, "--save", tmp_path / "saved")["commit"] == "first"
+    assert json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]["commit"] == "first"
 
 
 def test_what_is_saved_is_loaded_and_exported(json_of, cli, tiny_opt, corpora, tmp_path):

@@ -153,6 +153,26 @@ def test_tasks_of_a_model_beside_the_published(task_results, tmp_path, capsys):
     assert found["Llama-2-7b-hf, acc_norm"]["qqq W4A8, groupsize 128"]["piqa"] == "(78.51)"
 
 
+def items(**digits):
+    return lambda run: run["results"]["tasks"].update(items={task: {"acc,none": text} for task, text in digits.items()})
+
+
+def test_the_average_beside_that_of_full_on_the_same_items(task_results, tmp_path, capsys):
+    accuracies = {"piqa": (0.75, 0.7), "copa": (0.5, None)}
+    awrq = {"method": "awrq", "wbits": 4, "act_bits": 8}
+    task_results("full.json", "mine", accuracies, items(piqa="1110", copa="10"), method="full")
+    task_results("a.json", "mine", accuracies, items(piqa="1100", copa="01"), **awrq)
+    task_results("b.json", "mine", accuracies, items(piqa="1100", copa="011"), **awrq, groupsize=128)
+    task_results("c.json", "mine", accuracies, **awrq, groupsize=64)
+    task_results("d.json", "mine", {"piqa": (0.75, 0.7)}, items(piqa="1100"), method="gptq", wbits=4)
+    found = tables(tmp_path / "opt", capsys)
+    cells = {name: row["average - full"] for name, row in found["mine, acc"].items()}
+    error = 100 * (0.25 / 4 + 2 / 2) ** 0.5 / 2  # d is 0 0 -1 0 and -1 1
+    assert cells.pop("awrq W4A8") == f"-12.50 ± {error:.2f}"
+    assert len(cells) == 4 and set(cells.values()) == {"–"}, "other numbers of items, no items, other tasks, and full itself"
+    assert "average - full" not in found["mine, acc_norm"]["full"], "of which there are no items"
+
+
 # ---------------------------------------------------------------------------
 # What is refused
 

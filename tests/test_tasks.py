@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, WORDS, quantize, toy_tokenizer
@@ -14,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from test_zeroshot import AWRQ, quantized, unquantized
 
 from evaluation import zeroshot
-from evaluation.zeroshot import QuantizedLM, check_fewshot, leaves, load_tasks, task_protocol, zero_shot
+from evaluation.zeroshot import QuantizedLM, check_fewshot, item_values, leaves, load_tasks, task_protocol, zero_shot
 from formats.checkpoint import Store
 from modelutils import load_tokenizer, open_decoder
 from run.report import accuracies
@@ -136,9 +137,36 @@ def test_results_are_those_of_the_harness(data):
     assert json.loads(json.dumps(ours, allow_nan=False)) == ours
     assert ours["results"] == theirs["results"] and ours["versions"] == theirs["versions"]
     assert ours["n-samples"]["arc_easy"] == {"original": 12, "effective": 12} and ours["lm_eval_version"]
-    assert zero_shot(model, tokenizer, tasks, batch_size=3)["results"] == ours["results"], "tasks can be evaluated again"
+    again = zero_shot(model, tokenizer, tasks, batch_size=3)
+    assert (again["results"], again["items"]) == (ours["results"], ours["items"]), "tasks can be evaluated again"
     assert zero_shot(model, tokenizer, tasks, limit=4)["n-samples"]["piqa"]["effective"] == 4
     assert zero_shot(model, tokenizer, tasks, limit=0.5)["n-samples"]["arc_easy"]["effective"] == 6
+
+
+def test_the_items_of_a_task(data):
+    """One digit per item: those of lm-eval's own samples, their mean is its accuracy, and no text comes with them."""
+    model, tokenizer, tasks = unquantized("llama", "grouped"), toy_tokenizer(), load_tasks(["copa", "arc_easy"], data)
+    ours = zero_shot(model, tokenizer, tasks, batch_size=3)
+    theirs = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), tasks=tasks, task_manager=FILES)
+    assert set(ours["items"]) == {"copa", "arc_easy"} and set(ours["items"]["arc_easy"]) == {"acc,none", "acc_norm,none"}
+    for task, metrics in ours["items"].items():
+        for key, digits in metrics.items():
+            samples = {sample["doc_id"]: sample[key.partition(",")[0]] for sample in theirs["samples"][task]}
+            assert digits == "".join(f"{samples[k]:.0f}" for k in range(len(samples)))
+            assert sum(map(int, digits)) / len(digits) == ours["results"][task][key]
+    assert "samples" not in ours and rows_of("copa", 1)[0]["choice1"] not in json.dumps(ours)
+
+
+def test_items_are_of_metrics_that_are_a_mean_of_zeros_and_ones():
+    columns = {"acc": [1, 0.0, True], "exact": [np.float64(1), np.bool_(False), np.int64(1)], "f1": [(0, 1)] * 3, "ppl": [0.5, 1, 0]}
+    columns |= {"list": [[1], [0], [1]], "least": [0, 1, 1]}  # the last of them is not averaged
+    samples = [
+        {"doc_id": k, "filter": name, "metrics": list(columns)} | {metric: values[k] for metric, values in columns.items()}
+        for name in ("none", "strict")
+        for k in (2, 0, 1)
+    ]
+    row = {f"{metric},{name}": 2 / 3 for metric in columns for name in ("none", "strict")} | {"least,none": 0.0, "least,strict": 0.0}
+    assert item_values(samples, row) == dict.fromkeys(("acc,none", "exact,none", "acc,strict", "exact,strict"), "101")
 
 
 # ---------------------------------------------------------------------------
