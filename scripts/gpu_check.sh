@@ -71,10 +71,12 @@ done
 
 for name in checkpoint:cuda solver:span; do
   file=tests/test_${name#*:}.py
-  if "$PYTHON" -m pytest --collect-only -q "$file" > /dev/null 2>&1; then
+  if found=$("$PYTHON" -m pytest --collect-only -q "$file" 2>&1); then
     step "${name%:*}" 50 "$PYTHON" -m pytest -q "$file" -k on_a_gpu
   else
-    skip "${name%:*}" "needs what requirements.txt lists"
+    echo "$found"
+    [[ $found =~ No\ module\ named\ \'?([A-Za-z0-9_.]+) ]] && missing=": ${BASH_REMATCH[1]}" || missing=""
+    skip "${name%:*}" "needs what requirements.txt lists$missing"
   fi
 done
 [ "$mode" = --quick ] || bench 1,16,17,64,256,1024

@@ -120,7 +120,7 @@ PROGRAMS = {  # of a machine with a GPU, where what $FAIL says goes wrong
 [ "$1" = - ] && cat > /dev/null && echo "${ARCH-80} NVIDIA A100" && exit
 echo "$*" >> "$CALLS"
 case "$*" in
-  *$FAIL*) exit 3 ;;
+  *$FAIL*) echo "E   ModuleNotFoundError: No module named 'gguf'"; exit 3 ;;
   *--output_path*) while [ "$1" != --output_path ]; do shift; done; echo {} > "$2" ;;
 esac
 """,
@@ -180,9 +180,19 @@ def test_gpu_check_skips_what_is_not_there(tmp_path):
     for tool in ("bash", "sh", "cat", "dirname", "mkdir"):  # all that is on the PATH
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
-    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists"
+    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists: gguf"
     wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "solver": skipped, "bench": "ok"}
     assert done.returncode == 0 and steps == wanted and "on_a_gpu" not in calls
+    assert done.stdout.count("ModuleNotFoundError") == 2  # what the tests said
+
+
+def test_what_gpu_check_runs_by_pytest_needs_little(tmp_path):
+    """On a lent machine the rest of requirements.txt is missing, and a step that is skipped says nothing."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules |= dict.fromkeys(('compressed_tensors', 'datasets', 'gguf', 'lm_eval', 'matplotlib'))\n"
+    )  # None there: importing it is a ModuleNotFoundError
+    done = python("-m", "pytest", "--collect-only", "-q", "tests/test_cuda.py", "tests/test_span.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout
 
 
 def test_build_command(fake_nvcc):
