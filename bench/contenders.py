@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import kernels
 from bench import cublaslt
 from bench.timing import Missing, enough_copies, random_matrix
-from bench.tune import random_weight
+from bench.tune import packed_copies, random_weight
 from kernels import cuda
 
 
@@ -44,11 +44,6 @@ def copies(device, tensor):
 
 # ---------------------------------------------------------------------------
 # Ours
-
-
-def packed_copies(rows, columns, device):
-    weight = random_weight(rows, columns, device=device)
-    return [weight._replace(packed=packed) for packed in copies(device, weight.packed)]
 
 
 def w4a8(rows, columns, device, together=True):

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 from bench import shapes
-from bench.timing import enough_copies, timed
+from bench.timing import enough_copies, random_matrix, timed
 from kernels import build, cuda
 from recipe import UsageError
 
@@ -86,19 +86,27 @@ def entry(edge, times_at):
     return [edge, *found, *(best(others) if found[0] == "decode_fused" and set.intersection(*map(set, others)) else ())]
 
 
-def tune_layer(library, device, rows, columns, groupsize):
-    """The entries of a layer: for each bucket what is best at both of its ends, so that no cliff follows an edge."""
+def packed_copies(rows, columns, device, groupsize=-1):
+    """Enough copies of a random weight that none is in the L2 cache when its turn comes."""
     weight = random_weight(rows, columns, groupsize, device)
-    copies = [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, weight.packed.numel()))]
+    return [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, weight.packed.numel()))]
+
+
+def times_of(library, x, weights, left_out=()):
+    """{(config, splits): us} of all candidates for x (1, T, C) that agree.  weights: copies of one; left_out: configs."""
+    weight, graph = weights[0], x.is_cuda
+    found = [c for c in candidates(library, x.shape[1], weight.rows, weight.columns, weight.groupsize) if c[0] not in left_out]
+    right = agreeing(library, x, weight, found)
+    return {c: timed([partial(run, library, x, w, *c) for w in weights], x.device, graph)["median"] for c in right}
+
+
+def tune_layer(library, device, rows, columns, groupsize, left_out=()):
+    """The entries of a layer: for each bucket what is best at both of its ends, so that no cliff follows an edge."""
+    weights = packed_copies(rows, columns, device, groupsize)
     entries, below = [], 0
     for edge in EDGES:
-        times_at = []
-        for tokens in sorted({below + 1, edge}):
-            x = torch.randn(1, tokens, columns, dtype=torch.float16, device=device)
-            found = candidates(library, tokens, rows, columns, weight.groupsize)
-            found = agreeing(library, x, weight, found)
-            times_at.append({c: timed([partial(run, library, x, w, *c) for w in copies], device)["median"] for c in found})
-        entries.append(entry(edge, times_at))
+        ends = (random_matrix(tokens, columns, torch.float16, device)[None] for tokens in sorted({below + 1, edge}))
+        entries.append(entry(edge, [times_of(library, x, weights, left_out) for x in ends]))
         below = edge
     entries[-1][0] = 1 << 20
     return entries
@@ -111,6 +119,10 @@ def layers(names):
     return tuple(dict.fromkeys(s for name in names.split(",") for fused in (False, True) for s in shapes.linears(name, fused)))
 
 
+def add_left_out(parser):
+    parser.add_argument("--leave_out", nargs="+", default=[], choices=cuda.CONFIGS, metavar="KERNEL", help=f"of {', '.join(cuda.CONFIGS)}")
+
+
 def main(args):
     if not torch.cuda.is_available():
         raise UsageError("no GPU: PyTorch finds none here")
@@ -119,7 +131,7 @@ def main(args):
     table = cuda.tables().get(gpu, {"cells": {}}) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
     for rows, columns in layers(args.models):
         for groupsize in args.groupsize:
-            entries = tune_layer(library, device, rows, columns, groupsize)
+            entries = tune_layer(library, device, rows, columns, groupsize, args.leave_out)
             table["cells"][cuda.cell(rows, columns, columns if groupsize == -1 else groupsize)] = entries
             print(f"{gpu}: {rows} x {columns}, groupsize {groupsize}: {entries}", flush=True)
             write({**json.loads(cuda.TUNING.read_text()), gpu: table})
@@ -155,6 +167,7 @@ if __name__ == "__main__":
         metavar="COLUMNS",
         help="columns per weight scale; -1 = whole row (default -1 128)",
     )
+    add_left_out(parser)
     try:
         main(parser.parse_args())
     except (build.BuildError, UsageError, OSError) as e:

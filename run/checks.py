@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 
 from formats.checkpoint import check_packable, packed_bytes
-from formats.export import check_export
 from formats.hub import check_push
 from formats.resume import abbreviate, differences
 from formats.shards import sha256
@@ -65,6 +64,8 @@ def check_targets(run, subject):
     if run.save or run.checkpoint_dir:
         check_packable(subject.recipe)
     if run.export:
+        from formats.export import check_export  # see pipeline.py
+
         check_export(run.export[0], subject.recipe, subject.config, run.gguf_like, subject.tokenizer)
     if run.push_to_hub:
         check_push(run.push_to_hub)

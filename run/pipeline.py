@@ -15,7 +15,6 @@ from evaluation.perplexity import perplexity
 from evaluation.speed import decode, prefill
 from formats.card import add_results, size_line, tensor_bytes
 from formats.checkpoint import Store, check_saved, computes_integers, load_packed_config, open_checkpoint, packed_bytes
-from formats.export import export
 from formats.hub import push
 from formats.resume import ResumableStore, abbreviate, check_shared, describe_config, differences, run_identity
 from formats.shards import new_folder
@@ -105,6 +104,8 @@ def execute(run, launch=None):
         decoder, made = quantize(run, decoder, subject, ids, origin, clock, walk)
         record.found |= made
     if run.export:
+        from formats.export import export  # where it is needed: gguf, which checking the kernels does without
+
         print("\n".join(export(decoder.source, run.export[1], run.export[0], tokenizer, run.gguf_like, origin)))
     record.add("results", decoder, measured(decoder))
     about = record.write(decoder)

@@ -16,7 +16,7 @@ import torch
 from test_kernels import activations, prepared
 
 import kernels
-from bench import check, machine_code, predict, tune
+from bench import check, machine_code, predict, sweep, tune
 from kernels import build, cuda
 from recipe import UsageError
 
@@ -106,9 +106,10 @@ def test_import_builds_nothing(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_needs_a_gpu_says_that_there_is_none():
-    for main in (check.main, tune.main):
+    sweep_args = sweep.parser().parse_args(["--output_path", "nowhere"])
+    for main, args in ((check.main, None), (tune.main, None), (sweep.main, sweep_args)):
         with pytest.raises(ValueError, match="no GPU: PyTorch finds none here"):
-            main(None)
+            main(args)
     for args, message in (((), "PyTorch finds no GPU here"), (("--fast",), "--fast: the only options are --quick and --tune")):
         env = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run(["bash", "scripts/gpu_check.sh", *args], cwd=ROOT, capture_output=True, text=True, env=env)
@@ -120,7 +121,7 @@ PROGRAMS = {  # of a machine with a GPU, where what $FAIL says goes wrong
 [ "$1" = - ] && cat > /dev/null && echo "${ARCH-80} NVIDIA A100" && exit
 echo "$*" >> "$CALLS"
 case "$*" in
-  *$FAIL*) exit 3 ;;
+  *$FAIL*) echo "E   ModuleNotFoundError: No module named 'gguf'"; exit 3 ;;
   *--output_path*) while [ "$1" != --output_path ]; do shift; done; echo {} > "$2" ;;
 esac
 """,
@@ -153,6 +154,7 @@ def gpu_check(folder, programs, path, fail, *options):
         ("-k on_a_gpu", [], ["checkpoint", "solver"]),
         ("-m bench.", ["--tune"], ["tune", "check", "memcheck", "racecheck", "bench"]),
         ("-m bench.linears", ["--quick"], ["bench"]),
+        ("-m bench.sweep", ["--quick"], ["kernels"]),
     ],
 )
 def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong):
@@ -161,7 +163,7 @@ def test_gpu_check_goes_on_and_notes_what_failed(tmp_path, fail, options, wrong)
     if "--tune" in options:
         names.insert(1, "tune")
     if "--quick" in options:  # times before the slow sanitizers
-        names.insert(2, names.pop())
+        names[2:] = [names.pop(), "kernels", *names[2:]]
     assert list(steps.items()) == [(name, "FAILED (3)" if name in wrong else "ok") for name in names]
     assert done.returncode == bool(wrong)
     assert [line.split()[0] for line in done.stdout.splitlines()[-len(names) :]] == names
@@ -174,15 +176,28 @@ def test_gpu_check_tries_wgmma_first_and_alone(tmp_path, monkeypatch):
     done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], "bench.check --wgmma", "--quick")
     assert list(steps)[:3] == ["build", "wgmma", "check"] and [name for name in steps if steps[name] != "ok"] == ["wgmma"]
     assert done.returncode == 1 and f"-m bench.check --wgmma --output_path {tmp_path}/results/NVIDIA_A100_wgmma.json" in calls
+    out = f" --output_path {tmp_path}/results/NVIDIA_A100_kernels.json"
+    assert f"--seconds 65 --leave_out wgmma256x128{out}" in calls  # nothing that is wrong is timed
+    assert f"--seconds 65{out}" in gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], "nothing at all", "--quick")[2]
 
 
 def test_gpu_check_skips_what_is_not_there(tmp_path):
     for tool in ("bash", "sh", "cat", "dirname", "mkdir"):  # all that is on the PATH
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
-    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists"
+    none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists: gguf"
     wanted = {"build": "ok", "check": "ok", "memcheck": none, "racecheck": none, "checkpoint": skipped, "solver": skipped, "bench": "ok"}
     assert done.returncode == 0 and steps == wanted and "on_a_gpu" not in calls
+    assert done.stdout.count("ModuleNotFoundError") == 2  # what the tests said
+
+
+def test_what_gpu_check_runs_by_pytest_needs_little(tmp_path):
+    """On a lent machine the rest of requirements.txt is missing, and a step that is skipped says nothing."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules |= dict.fromkeys(('compressed_tensors', 'datasets', 'gguf', 'lm_eval', 'matplotlib'))\n"
+    )  # None there: importing it is a ModuleNotFoundError
+    done = python("-m", "pytest", "--collect-only", "-q", "tests/test_cuda.py", "tests/test_span.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout
 
 
 def test_build_command(fake_nvcc):

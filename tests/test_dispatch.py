@@ -1,11 +1,13 @@
 """Which CUDA kernel runs for which shape: default rules, measured cells, tuning."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CPU
 
-from bench import shapes, tune
+from bench import shapes, sweep, tune
 from kernels import cuda
 from recipe import UsageError
 
@@ -101,6 +103,42 @@ def test_tuning_leaves_out_what_is_wrong(monkeypatch, capsys):
     assert list(tune.agreeing(None, torch.zeros(1, 2, 64), weight, found)) == [found[0], found[2]]
     assert capsys.readouterr().out == "wrong / 2 left out: WRONG for (1, 2, 64) x 128 rows; see bench.check\n"
     assert list(tune.agreeing(None, torch.zeros(1, 2, 64), weight, [])) == []
+
+
+@pytest.fixture
+def on_emulator(emulated, monkeypatch):
+    """What tune and sweep do to a GPU, done to an emulator: its library."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda, "dispatch", lambda device, *shape: cuda.choose(emulated, "emulator", 4, *shape))
+    emulated.emulator_settings(False, False)
+    return emulated
+
+
+def test_a_sweep_has_the_times_of_every_kernel(on_emulator, monkeypatch, capsys):
+    """All candidates that are right, by layer, what was asked for first before the rest, and all that there is when time is over."""
+    launch, clock, saved = cuda.launch, iter(range(9)), []
+
+    def wrong(library, x, y, *rest):
+        return launch(library, x, y, *rest).neg_() if rest[3] == "128x32" else launch(library, x, y, *rest)
+
+    monkeypatch.setattr(cuda, "launch", wrong)
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
+    report, todo = {"finished": False, "cells": []}, [(17, 128, 128), (1, 128, 128), (1, 256, 128)]
+    sweep.fill(report, todo, on_emulator, CPU, 2.5, ["decode"], lambda: saved.append(len(report["cells"])))
+    many, one = report["cells"]
+    assert saved == [1, 2] and not report["finished"] and capsys.readouterr().out.endswith("stopped after 2.5 s: 2 of 3 cells\n")
+    assert (many["tokens"], many["rows"], many["columns"], many["dispatched"]) == (17, 128, 128, "128x32/1")
+    assert set(many["times"]) == {"128x16/1", "128x16/2"} and set(one["times"]) == {"decode_fused/1", "128x16/1", "128x16/2"}
+    assert min(one["times"].values()) > 0 and one["float16"] > 0
+    sweep.fill(report, todo[:1], on_emulator, CPU, 9, [], lambda: saved.append("done"))
+    assert report["finished"] and saved[-1] == "done"
+
+
+def test_tuning_measures_as_a_sweep_does(on_emulator, monkeypatch):
+    monkeypatch.setattr(tune, "EDGES", (1,))
+    monkeypatch.setattr(tune, "timed", lambda calls, device, graph: {"median": {"128x16": 3, "decode": 4}.get(calls[0].args[3], 5)})
+    assert tune.tune_layer(on_emulator, CPU, 128, 128, -1) == [[1 << 20, "128x16", 1]]
+    assert tune.tune_layer(on_emulator, CPU, 128, 128, -1, ["128x16"]) == [[1 << 20, "decode", 1]]
 
 
 def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):

@@ -31,7 +31,7 @@ NEEDS = {
     r"bash scripts/(opt|llama|ablation)\.sh|MODELS=|NPROC=|make real": "models, text and hours",
     r"torchrun ": "GPUs or minutes; tests/test_processes.py starts it",
     r"python scripts/table\.py out/": "what those wrote",
-    r"bash scripts/(gpu_check|speedup)\.sh|python -m bench\.(linears|quantizing|tune|check|cublaslt)": "a GPU",
+    r"bash scripts/(gpu_check|speedup)\.sh|python -m bench\.(linears|quantizing|tune|sweep|check|cublaslt)": "a GPU",
     r"python -m kernels\.build": "nvcc; tests/test_build.py runs it",
     r"python -m bench\.cost": "a real model; tests/test_bench_tools.py counts for others",
     r"python -m bench\.(solver|memory|predict|processes)|python demo/train\.py|make demo-full": "minutes to an hour",

@@ -328,10 +328,9 @@ def test_the_steps_of_a_call_can_be_run_apart(emulated, config, parts):
 
 def test_the_check_of_a_gpu_finds_what_is_wrong(emulated, monkeypatch, capsys):
     """bench.check, on the emulator instead of a GPU: all equal, and not where the kernels compute something else."""
-    monkeypatch.setattr(check, "GROUPS", (-1,))
 
     def few(library, device):
-        yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,))
+        yield from check.every_configuration(library, device, ((2, 5, 256, 64),), check.TYPES[:1], (1,), grids=((-1,), check.SETTINGS))
 
     (right,) = check.run_checks((few,), emulated, torch.device("cpu"))
     assert right == {"check": "few", "cases": 4 * len(check.CONFIGS), "wrong": [], "error": None}
