@@ -16,7 +16,7 @@ def results_text(report):
         parts.append(table(("corpus", "model", "perplexity"), rows))
         parts += [f"- {perplexity_protocol(used, report['results']['perplexity'][name])}" for name, used in protocol["evaluation"].items()]
     if report["results"]["tasks"]:
-        parts.append(task_table({label: run["tasks"] for label, run in runs.items()}, base="unquantized"))
+        parts.append(task_table({label: run["tasks"] for label, run in runs.items() if run["tasks"]}, base="unquantized"))
         parts += [f"- {name}: {used['split']} of {used['source']}" for name, used in protocol["tasks"].items()]
     if not parts:
         return ""

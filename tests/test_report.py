@@ -8,6 +8,7 @@ from conftest import recipe_of, tiny_model
 import opt
 from modelutils import decoder_of
 from recipe import Recipe
+from run.publish import results_text
 from run.quantize import Layer
 from run.report import SCHEMA, accuracies, average, describe, table, task_table
 from run.report import report as make_report
@@ -135,6 +136,15 @@ def test_a_task_that_failed_for_one_model_is_in_no_difference():
     full, ours = with_items(made_up(0.75, 0.25), copa="1110", piqa="0001"), with_items(made_up(0.5, 0.25), copa="1100")
     del ours["results"]["piqa"]
     assert [row[0] for row in cells_of(task_table({"full": full, "awrq W4A8": ours})) if row[3] == "awrq W4A8 - full"] == ["copa"]
+
+
+def test_a_model_card_of_tasks_that_all_failed_for_the_unquantized_model():
+    report, _ = run_report()
+    report["results"] = {"perplexity": {}, "tasks": made_up(0.5, 0.25)}
+    report |= {"full": {"perplexity": {}, "tasks": {}}, "versions": {"torch": "2", "transformers": "5"}}
+    report["protocol"] |= {"tasks": {}, "arithmetic": "exact"}
+    text = results_text(report)
+    assert "this model" in text and "unquantized" not in text
 
 
 def test_a_metric_after_several_filters_is_told_apart():
