@@ -113,54 +113,68 @@ def in_l2(gpu, size):
     return size < 0.6 * gpu.l2_bytes
 
 
-# Of the quantizer: cycles of eight elements of one thread, one behind another; elements a cycle that a multiprocessor takes, to find their
-# range, and their codes; cycles around all that.
-CHAIN, RANGE_RATE, RATE, AROUND = 200, 24, 8, 900
+@dataclass(frozen=True)
+class Rows:
+    """What a warp of the quantizer issues for rows that are made in one way, as counted in the machine code for float16 of sm_90."""
+
+    once: int  # beside what its columns take
+    held: int  # eights of columns that a thread holds in registers, a batch
+    load: int  # a batch
+    range: int  # a batch; those of an eight beyond the row's end are issued, too
+    made: int  # an eight, before its range
 
 
-def quantizer_us(gpu, M, K):
-    """Both passes over x, one sequence of M tokens; one where it is a single token."""
-    size, few = 2 * M * K, M <= 256
-    read = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
-    parts = max(1, min(256 // M, K // 2048)) if few and M > 1 else 1
-    width = K / parts
-
-    def row(columns, rate):
-        """A block's cycles for so many columns of a row: batches of loads, then what its threads do, side by side and one by one."""
-        threads = min(1024, math.ceil(columns / 8)) if few else 256
-        eights = math.ceil(columns / (8 * threads))
-        return math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, columns / rate)
-
-    rows = math.ceil(M / 1024)
-    ranges = gpu.gap + max(gpu.us(rows * row(K, RANGE_RATE) + 700), read + 1) if M > 1 else 0
-    alone = gpu.us(row(width, RATE) + AROUND + (K / RANGE_RATE if M == 1 else 0))
-    together = M * K / (gpu.processors * RATE * gpu.ghz * 1e3) + gpu.us(AROUND)
-    return ranges + gpu.gap + max(alone, together, read + M * K / gpu.bandwidth + 1)
+ROWS = {"": Rows(250, 4, 100, 95, 0), "norm": Rows(345, 2, 150, 48, 119), "gate": Rows(250, 4, 60, 96, 345)}
+RANGE_ONCE, PARTS_ONCE = 110, 50  # of a pass for the range alone; of a pass for the codes, to read what that has left
+SKIP, CODES = 15, 105  # of an eight: that it is not of the row, or not loaded anew; its codes
+# Fitted to the quantizer's 30 times of results/gpu_check/NVIDIA_H200_bench.json, see docs/LOG.md: cycles of a kernel before and behind its
+# instructions, instructions a cycle of a scheduler, cycles from one to the next of a warp that has its scheduler to itself.
+AROUND, ISSUE, ALONE = 670, 0.74, 6
+FEW = 256  # rows: kFewRows of w4a8.cu
 
 
-ISSUED = 128  # instructions a cycle, of all threads of a multiprocessor
-MAKING = {"": 0, "norm": 14, "gate": 50}  # instructions of an element before its range: counted in the kernels' machine code
-NORM_CYCLES = 400  # two barriers and the tree between them
+def warp_instructions(rows, columns, threads, ranged, coded, count=1):
+    """Of a warp, for so many columns of `count` rows: their range, their codes, or both."""
+    eights = columns / (8 * threads)
+    batches = math.ceil(eights / rows.held)
+    again = batches * rows.load if ranged and coded and batches > 1 else 0  # the registers hold one
+    found = batches * (rows.load + rows.range * ranged + SKIP * rows.held * coded) + eights * (rows.made + CODES * coded) + again
+    return (rows.once if coded else RANGE_ONCE) + count * found
 
 
-def pass_us(gpu, M, K, instructions, size, around, parts=1):
-    """A pass over x that takes so many instructions of each element, and moves so many bytes; parts: blocks that share a row."""
-    columns, rate = K / parts, ISSUED / instructions
-    eights = math.ceil(columns / (8 * min(1024, math.ceil(columns / 8))))
-    alone = gpu.us(math.ceil(eights / 4) * gpu.l2_cycles + max(eights * CHAIN * RATE / rate, columns / rate) + around)
-    together = M * K / (gpu.processors * rate * gpu.ghz * 1e3) + gpu.us(around)
-    moved = size / (gpu.l2_bandwidth if in_l2(gpu, size) else gpu.bandwidth)
-    return gpu.gap + max(alone if M <= 256 else 0, together, moved + 1)
+def quantizer_threads(M, columns, what):
+    """Of a block that takes so many columns of a row; see quantize in w4a8.cu."""
+    if M > FEW and not what:
+        return 256
+    threads = math.ceil(columns / 8) if M <= FEW else max(256, math.ceil(columns / (8 * ROWS[what].held)))
+    return min(1024, math.ceil(threads / 32) * 32)
+
+
+def quantizer_pass_us(gpu, M, K, what, moved, ranged, coded, parts=1, count=1):
+    """A kernel of the quantizer that moves so many bytes; `parts` blocks share `count` rows."""
+    columns = math.ceil(K / parts / 64) * 64
+    threads = quantizer_threads(M, columns, what)
+    instructions = warp_instructions(ROWS[what], columns, threads, ranged, coded, count) + PARTS_ONCE * (coded and not ranged)
+    warps = math.ceil(math.ceil(M / count) * parts / gpu.processors) * threads / 128  # of the busiest scheduler
+    issued = gpu.us(AROUND + instructions * max(warps / ISSUE, ALONE))
+    return gpu.gap + max(issued, 1 + moved / (gpu.l2_bandwidth if in_l2(gpu, moved) else gpu.bandwidth))
 
 
 def produced_us(gpu, M, K, what):
     """Quantization per token, with the norm or the gate in front of it, if any: one pass, or two over a gate of few rows, as in w4a8.cu."""
-    to_range, to_codes = ISSUED / RANGE_RATE + MAKING[what], ISSUED / RATE
-    read, parts = 2 * M * K * (2 if what == "gate" else 1), min(256 // M, K // 2048)
+    read, parts = 2 * M * K * (2 if what == "gate" else 1), min(FEW // M, K // 2048)
     if what == "gate" and parts >= 5:
-        ranges = pass_us(gpu, M, K, to_range, read, 700, parts)
-        return ranges + pass_us(gpu, M, K, MAKING[what] + to_codes, read + M * K, AROUND, parts)
-    return pass_us(gpu, M, K, to_range + to_codes, read + M * K, AROUND + NORM_CYCLES * (what == "norm"))
+        ranges = quantizer_pass_us(gpu, M, K, what, read, True, False, parts)
+        return ranges + quantizer_pass_us(gpu, M, K, what, read + M * K, False, True, parts)
+    return quantizer_pass_us(gpu, M, K, what, read + M * K, True, True)
+
+
+def quantizer_us(gpu, M, K):
+    """Of one sequence of M tokens: a pass for the range, and one for the codes; a single token has but one."""
+    if M == 1:
+        return produced_us(gpu, M, K, "")
+    ranges = quantizer_pass_us(gpu, M, K, "", 2 * M * K, True, False, count=math.ceil(M / 1024))
+    return ranges + quantizer_pass_us(gpu, M, K, "", 3 * M * K, False, True, max(1, min(FEW // M, K // 2048)))
 
 
 def elementwise_us(gpu, size):
@@ -199,12 +213,13 @@ def shared_bandwidth_us(gpu, blocks, slots, block_bytes, quantized, round_us, en
 
 
 def decode_us(gpu, code, M, N, K, config, splits):
-    most, fused = 8 if M <= 8 else 16, config == "decode_fused"
-    quantized = gpu.us(M * (math.ceil(K / 8192) * gpu.l2_cycles + math.ceil(K / 2048) * CHAIN) + AROUND) if fused else 0
-    slots = code.decoders[most, fused] * gpu.processors
+    most, fused, blocks = 8 if M <= 8 else 16, config == "decode_fused", -(-N // 32) * splits
+    fit = code.decoders[most, fused]
+    warps = 2 * min(fit, math.ceil(blocks / gpu.processors))  # on a scheduler; each block quantizes all of x
+    quantized = gpu.us(M * warp_instructions(ROWS[""], K, 256, True, True) * max(warps / ISSUE, ALONE)) if fused else 0
     round_us = gpu.us(gpu.memory_cycles + (430 if most == 8 else 650))
     end = gpu.us(500 + 2200 * (splits > 1))
-    return gpu.gap + 0.5 + shared_bandwidth_us(gpu, -(-N // 32) * splits, slots, 16 * K / splits, quantized, round_us, end)
+    return gpu.gap + 0.5 + shared_bandwidth_us(gpu, blocks, fit * gpu.processors, 16 * K / splits, quantized, round_us, end)
 
 
 def tile_us(gpu, code, M, N, K, config, splits):
