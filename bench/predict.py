@@ -33,7 +33,8 @@ class GPU:
     product: str  # as PyTorch names it
     arch: int
     processors: int
-    ghz: float  # under load
+    ghz: float  # of kernels that wait for memory or for their own instructions
+    tensor_ghz: float  # of those that keep the tensor cores busy: at the limit of power it falls
     bandwidth: float  # bytes per us, as can be reached
     l2_bytes: float
     l2_bandwidth: float
@@ -47,11 +48,16 @@ class GPU:
     def us(self, cycles):
         return cycles / (self.ghz * 1e3)
 
+    def tensor_us(self, cycles):
+        return cycles / (self.tensor_ghz * 1e3)
+
 
 GPUS = {
-    "a100-40": GPU("NVIDIA A100-SXM4-40GB", 80, 108, 1.38, 1.40e6, 40e6, 3.6e6, 1.3, 280, 650, 258, True),
-    "a100-80": GPU("NVIDIA A100-SXM4-80GB", 80, 108, 1.38, 1.75e6, 40e6, 3.6e6, 1.3, 280, 650, 258, True),
-    "h100": GPU("NVIDIA H100 80GB HBM3", 90, 132, 1.70, 2.95e6, 50e6, 5.5e6, 1.1, 290, 750, 700, False),
+    "a100-40": GPU("NVIDIA A100-SXM4-40GB", 80, 108, 1.38, 1.38, 1.40e6, 40e6, 3.6e6, 1.3, 280, 650, 258, True),
+    "a100-80": GPU("NVIDIA A100-SXM4-80GB", 80, 108, 1.38, 1.38, 1.75e6, 40e6, 3.6e6, 1.3, 280, 650, 258, True),
+    "h100": GPU("NVIDIA H100 80GB HBM3", 90, 132, 1.70, 1.70, 2.95e6, 50e6, 5.5e6, 1.1, 290, 750, 700, False),
+    # Clocks, bandwidths, size of the L2 cache and float16: measured on one, see docs/LOG.md.  The rest is the H100's, whose chip it has.
+    "h200": GPU("NVIDIA H200", 90, 132, 1.98, 1.47, 4.25e6, 62.9e6, 9.2e6, 1.1, 290, 750, 760, False),
 }
 
 
@@ -226,16 +232,16 @@ def tile_us(gpu, code, M, N, K, config, splits):
     n, m = cuda.CONFIGS[config]
     tiles, steps, cycles = -(-N // n) * -(-M // m), math.ceil(K / 64 / splits), code.cycles[config]
     blocks, busy = tiles * splits, 0
-    start = gpu.us(gpu.memory_cycles + 900) * (0.5 if len(cycles) > 1 else 1)
+    start = gpu.tensor_us(gpu.memory_cycles + 900) * (0.5 if len(cycles) > 1 else 1)
     for first in range(0, blocks, len(cycles) * gpu.processors):
         wave = min(blocks - first, len(cycles) * gpu.processors)
-        busy += gpu.us(steps * cycles[-(-wave // gpu.processors) - 1]) / gpu.derate + start
+        busy += gpu.tensor_us(steps * cycles[-(-wave // gpu.processors) - 1]) / gpu.derate + start
     from_l2 = blocks * steps * (n * 32 + m * 64) / gpu.l2_bandwidth
     moved = (N * K / 2 + M * K * (not in_l2(gpu, M * K)) + 2 * M * N) / (gpu.bandwidth * 0.95)
     slabs = blocks * n * m * 4
     through = slabs / 2 / gpu.l2_bandwidth if in_l2(gpu, slabs) else slabs / gpu.bandwidth  # written and read, half of it beside products
-    gather = through + gpu.us(splits * max(600, n * m / 12) + 1500) if splits > 1 else 0
-    return gpu.gap + gpu.us(gpu.memory_cycles) + 0.8 + max(busy, from_l2, moved) + gather
+    gather = through + gpu.tensor_us(splits * max(600, n * m / 12) + 1500) if splits > 1 else 0
+    return gpu.gap + gpu.tensor_us(gpu.memory_cycles) + 0.8 + max(busy, from_l2, moved) + gather
 
 
 def product_us(gpu, code, M, N, K, config, splits):
