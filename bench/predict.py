@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,27 +269,79 @@ def best(gpu, code, M, N, K):
 # Tables
 
 
+def report(gpu, kind):
+    """That of results/gpu_check, or None."""
+    path = MEASURED / f"{gpu.product.replace(' ', '_')}_{kind}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def measured_kernels(gpu):
+    """{(rows, columns, tokens): {"float16" or config/splits: us}} of every kernel that bench.sweep timed, {} if it did not."""
+    cells = (report(gpu, "kernels") or {"cells": ()})["cells"]
+    return {(c["rows"], c["columns"], c["tokens"]): {"float16": c["float16"]} | c["times"] for c in cells}
+
+
 def measured(gpu):
-    """{(rows, columns, tokens, contender): us} and the commit, of results/gpu_check, or {} and None."""
-    path = MEASURED / f"{gpu.product.replace(' ', '_')}_bench.json"
-    if not path.exists():
-        return {}, None
-    report = json.loads(path.read_text())
-    cells = {(c["rows"], c["columns"], c["tokens"], c["contender"]): c["graph"]["median"] for c in report["cells"] if c["graph"]}
-    return cells, report["about"]["commit"][:7]
+    """The same, with what bench.linears timed, which comes first, and the commits, for a title; {} and "" where nothing was timed."""
+    found, commits = measured_kernels(gpu), {}
+    for kind in ("kernels", "bench"):
+        if timed := report(gpu, kind):
+            commits[timed["about"]["commit"][:7]] = None
+            for c in timed["cells"] if kind == "bench" else ():
+                if c["graph"] and c["contender"] in ("float16", "w4a8"):
+                    name = "{}/{}".format(*c["config"]) if c["contender"] == "w4a8" else "float16"
+                    found.setdefault((c["rows"], c["columns"], c["tokens"]), {})[name] = c["graph"]["median"]
+    return found, ", ".join(commits)
+
+
+def beside(times, kernel):
+    """What was measured of a cell, by the same kernel, or else by the fastest, which is named then."""
+    ours = {name: us for name, us in times.items() if name != "float16"}
+    if not ours or "float16" not in times:
+        return ""
+    base, name = times["float16"], kernel if kernel in ours else min(ours, key=ours.get)
+    return f"   [{base:.1f} / {ours[name]:.1f}  {base / ours[name]:.2f}{'' if name == kernel else f'  {name}'}]"
 
 
 def table(gpu, code, names, tokens, choose):
     """Lines: a linear each, its cells predicted float16 us / W4A8 us, speedup, kernel; measured times in brackets behind."""
-    times, commit = measured(gpu)
-    yield f"us of float16 / W4A8, speedup, kernel/splits{f'; in brackets measured at {commit}' if times else ''}"
+    times, commits = measured(gpu)
+    yield f"us of float16 / W4A8, speedup, kernel/splits{f'; in brackets measured at {commits}' if commits else ''}"
     for N, K in dict.fromkeys(shape for name in names for shape in shapes.linears(name)):
         for M in tokens:
             choice = choose(gpu, code, M, N, K)
-            base, ours = float16_us(gpu, M, N, K), linear_us(gpu, code, M, N, K, *choice)
-            found = [times.get((N, K, M, contender)) for contender in ("float16", "w4a8")]
-            beside = "   [{:.1f} / {:.1f}  {:.2f}]".format(*found, found[0] / found[1]) if all(found) else ""
-            yield f"  {N:6} x {K:5}  {M:5} tokens  {base:7.1f} / {ours:7.1f}  {base / ours:5.2f}  {'{}/{}'.format(*choice):14}{beside}"
+            base, ours, kernel = float16_us(gpu, M, N, K), linear_us(gpu, code, M, N, K, *choice), "{}/{}".format(*choice)
+            predicted = f"{base:7.1f} / {ours:7.1f}  {base / ours:5.2f}  {kernel:14}"
+            yield f"  {N:6} x {K:5}  {M:5} tokens  {predicted}{beside(times.get((N, K, M), {}), kernel)}"
+
+
+def mean_of_ratios(ratios):
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):8.2f}" if ratios else " " * 8
+
+
+def comparison(gpu, code):
+    """Lines: predicted over measured time of every kernel that bench.sweep timed, by tokens; what the model's choice of them would cost."""
+    cells = measured_kernels(gpu)
+    if not cells:
+        return
+    columns = sorted({M for _, _, M in cells})
+    ratios, costs = defaultdict(list), defaultdict(list)
+    for (N, K, M), times in cells.items():
+        ratios["float16", M].append(float16_us(gpu, M, N, K) / times.pop("float16"))
+        predicted = {kernel: linear_us(gpu, code, M, N, K, *split_name(kernel)) for kernel in times}
+        for kernel, us in times.items():
+            ratios[split_name(kernel)[0], M].append(predicted[kernel] / us)
+        costs[M].append(times[min(predicted, key=predicted.get)] / min(times.values()))
+    yield f"{'predicted / measured, tokens':30}" + "".join(f"{M:8}" for M in columns)
+    for name in ("float16", *cuda.CONFIGS):
+        yield f"{name:30}" + "".join(mean_of_ratios(ratios[name, M]) for M in columns)
+    yield f"{'chosen by it / fastest':30}" + "".join(mean_of_ratios(costs[M]) for M in columns)
+
+
+def split_name(kernel):
+    """(config, splits) of config/splits."""
+    config, splits = kernel.split("/")
+    return config, int(splits)
 
 
 def block_speedup(gpu, code, name, M, choose):
@@ -344,6 +397,8 @@ def main(args):
         print(f"{'linears of a block':24}" + "".join(f"{M:8}" for M in args.tokens))
         for model in models:
             print(f"{model:24}" + "".join(f"{block_speedup(gpu, code, model, M, choose):8.2f}" for M in args.tokens), flush=True)
+        for line in comparison(gpu, code):
+            print(line)
         print(*producer_table(gpu, code, [model for model in models if producers_of(model)], args.tokens), sep="\n")
 
 
