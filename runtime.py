@@ -95,12 +95,15 @@ def approximate(device, dtype):
 
     Other types stay what they are.
     """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32 and multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device):
+    """Whether a device has instructions for products of bfloat16."""
     if device.type == "cuda":
-        quick = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities()
-        quick = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=quick and dtype == torch.float32)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
 
 
 class Place:
@@ -249,9 +252,9 @@ def versions():
 
 
 def hardware(device):
-    """The names of the hardware, and how many threads each process has."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": device.type, "gpu": gpu, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    """The names of the hardware, how many threads each process has, and whether what need not be exact is multiplied in bfloat16."""
+    gpu, quick = torch.cuda.get_device_name(device) if device.type == "cuda" else None, multiplies_bfloat16(device)
+    return {"device": device.type, "gpu": gpu, "machine": platform.machine(), "threads": torch.get_num_threads(), "bfloat16": quick}
 
 
 def write_json(path, content):

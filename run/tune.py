@@ -17,7 +17,7 @@ from modelutils import Decoder, run_block, sequences_place, skeleton
 from processes import ALONE
 from quant import fake_quant_act
 from recipe import STEP_SAMPLES
-from runtime import free_memory
+from runtime import free_memory, multiplies_bfloat16
 
 RATE = 1e-3  # learning rate relative to the root mean square of each tensor; it falls to 0 along half a cosine
 BETAS = (0.9, 0.95)  # of Adam
@@ -26,24 +26,29 @@ GRAPH = 160  # bytes that a block keeps for its gradients, for each token and ch
 
 
 class TunedLinear(nn.Module):
-    """A quantized linear whose scales and bias can be trained, made from a frozen quant.QuantLinear, the codes (R, C) and the Grid."""
+    """A quantized linear whose scales and bias can be trained, made from a frozen quant.QuantLinear, the codes (R, C) and the Grid.
 
-    def __init__(self, linear, q, grid):
+    dtype: of its product; bfloat16 has the codes as they are.
+    """
+
+    def __init__(self, linear, q, grid, dtype=torch.float32):
         super().__init__()
         self.acts, self.batch, self.in_scale, self.grid = linear.acts, linear.batch, linear.in_scale, grid
-        self.register_buffer("whole", q - grid.columns(grid.zero, q.shape[1]))  # (R, C) float32: codes less zero
+        self.register_buffer("whole", (q - grid.columns(grid.zero, q.shape[1])).to(dtype))  # (R, C): codes less zero
         self.scale = nn.Parameter(grid.scale.clone())  # (R, G)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
 
     def forward(self, x):
         shape, x = x.shape, self.batch.split(x)
         x = x if self.in_scale is None else x / self.in_scale
+        dtype = self.whole.dtype
         with torch.no_grad():
             off = fake_quant_act(x, *self.acts) - x
+        x = (x + off).to(dtype)
         if self.scale.shape[1] == 1:  # scales of rows are factors of outputs: their gradient needs no product of its own
-            y = F.linear(x + off, self.whole) * self.scale[:, 0]
+            y = F.linear(x, self.whole).float() * self.scale[:, 0]
         else:
-            y = F.linear(x + off, self.whole * self.grid.columns(self.scale, self.whole.shape[1]))
+            y = F.linear(x, (self.whole * self.grid.columns(self.scale, self.whole.shape[1])).to(dtype)).float()
         return (y if self.bias is None else y + self.bias).view(*shape[:-1], -1)
 
 
@@ -85,14 +90,16 @@ class Teacher:
 
 
 class Student:
-    """The quantized model of a Store, computed in float32, its scales, norms and biases as parameters: {name in the model: parameter}.
+    """The quantized model of a Store, its scales, norms and biases as parameters: {name in the model: parameter}.
 
-    Blocks are kept if there is room for all; else each is built from the store whenever it runs.
+    It is computed in float32, but the products of quantized linears in bfloat16 where the device has instructions for them.  Blocks are
+    kept if there is room for all; else each is built from the store whenever it runs.
     """
 
     def __init__(self, store, device, tokens):
         """tokens: of the sequences that run together."""
         self.store, self.device = store, device
+        self.dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         self.decoder = as_float(store.decoder())
         self.parameters, self.blocks = {}, {}
         first, config = self._make(0), self.decoder.config
@@ -110,7 +117,7 @@ class Student:
     def _make(self, i):
         block = self.decoder.block(i).to(self.device)
         for name, (q, grid) in self.store.codes(i).items():
-            block.set_submodule(name, TunedLinear(block.get_submodule(name), q, grid).to(self.device))
+            block.set_submodule(name, TunedLinear(block.get_submodule(name), q, grid, self.dtype).to(self.device))
         return block.requires_grad_()
 
     def block(self, i):
@@ -134,8 +141,9 @@ class Student:
             steps.append((x, out))
             x = out
         x = x.detach().requires_grad_()
-        loss = F.kl_div(self.head(x)[0].log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-        loss.backward()
+        logits = self.head(x)[0]
+        loss, gradient = divergence_of(logits.detach(), wanted)
+        logits.backward(gradient)
         gradient = x.grad
         while steps:
             i, (x, out) = len(steps) - 1, steps.pop()
@@ -143,7 +151,17 @@ class Student:
                 out = run_block(self.block(i), x, arguments[f"block {i}"], f"block {i}")
             out.backward(gradient)
             gradient = x.grad
-        return loss.item()
+        return loss
+
+
+def divergence_of(logits, wanted):
+    """The mean divergence of logits (T, V) from the log-probabilities wanted (T, V), in nats, and its gradient (T, V).
+
+    Written out: autograd goes over so many numbers four times as often.
+    """
+    found, probable = logits.log_softmax(-1), wanted.exp()
+    loss = (wanted - found).mul_(probable).sum().item() / len(wanted)
+    return loss, found.exp_().sub_(probable).div_(len(wanted))
 
 
 def as_float(decoder):

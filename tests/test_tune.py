@@ -1,5 +1,7 @@
 """Tuning: its gradients are those of the whole model, codes stay, what is learnt is saved, and a killed run goes on."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from recipe import STEP_SAMPLES, TUNE_SAMPLES
 from rotate import rotated
 from run import tune as tuning
 from run.quantize import quantize_blocks
-from run.tune import Student, TunedLinear, as_float, plan, tune
+from run.tune import Student, TunedLinear, as_float, divergence_of, plan, tune
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +27,16 @@ KINDS = {
     "llama": (("llama", "llama3"), {"rotate": True, "act_pertoken": True}),
     "qwen3": (("qwen3", "wide"), {"wbits": 3, "groupsize": 16, "act_sym": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Products in float32, whatever the machine is quick at."""
+    multiply_in_bfloat16(monkeypatch, False)
+
+
+def multiply_in_bfloat16(monkeypatch, quick):
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda _: quick)
 
 
 def finished(kind, folder=None, ids=IDS, **settings):
@@ -90,10 +102,12 @@ def test_gradients_are_those_of_the_whole_model(kind, keeps):
     loss = kl(whole, wanted[:2], IDS[:2])
     (2 * loss).backward()
     assert sum(losses) / 2 == pytest.approx(loss.item(), rel=1e-4)
+    largest = max(p.grad.abs().max().item() for p in own.parameters.values() if p.grad is not None)
     for name, p in own.parameters.items():
         assert (p.grad is None) == (name not in found), name
-        if p.grad is not None:
-            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item() + 1e-9, msg=name)
+        if p.grad is not None:  # a bias of k_proj has none but what rounding makes, as it changes no attention
+            close = partial(torch.testing.assert_close, found[name], p.grad, rtol=1e-3, msg=name)
+            close(atol=1e-7 * largest + 1e-5 * p.grad.abs().max().item())
     assert any(name.endswith("scale") for name in found) and any("norm" in name for name in found)
 
 
@@ -161,6 +175,29 @@ def test_no_sequence_has_a_second_turn_until_there_are_as_many_as_there_may_be(s
 
 
 def test_the_divergence_is_that_of_the_formula():
-    p, q = torch.randn(7, 30).log_softmax(-1), torch.randn(7, 30).log_softmax(-1)
-    expected = (p.exp() * (p - q)).sum(-1).mean()
-    torch.testing.assert_close(F.kl_div(q, p, reduction="batchmean", log_target=True), expected)
+    logits, wanted = torch.randn(7, 30, requires_grad=True), torch.randn(7, 30).log_softmax(-1)
+    expected = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+    expected.backward()
+    loss, gradient = divergence_of(logits.detach(), wanted)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_products_in_bfloat16_are_near(kind, monkeypatch):
+    store = finished(kind)
+    wanted, place = teacher_of(store, IDS[:1]), tuning.sequences_place(store.original.config, torch.float32, IDS.numel(), CPU)
+    with torch.no_grad():
+        entering = as_float(store.original).embed(IDS[:1].split(1), place)
+    arguments = {name: found for (name, _), found in entering.arguments.items()}
+    found = []
+    for quick in (False, True):
+        multiply_in_bfloat16(monkeypatch, quick)
+        student = Student(store, CPU, 16)
+        loss = student.divergence(entering[0], arguments, wanted[0])
+        found.append((loss, {name: p.grad for name, p in student.parameters.items() if p.grad is not None}))
+    (exact, gradients), (near, others) = found
+    assert near != exact and near == pytest.approx(exact, rel=0.1) and gradients.keys() == others.keys()
+    whole, other = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, others))
+    assert 0 < (other - whole).norm() < 0.3 * whole.norm()  # as roundings of activations turn out otherwise
+    assert {p.dtype for p in student.parameters.values()} == {torch.float32}
