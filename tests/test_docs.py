@@ -25,6 +25,7 @@ LAUNCHED_WITH = {"opt.sh": opt, "llama.sh": main, "real.sh": main, "ablation.sh"
 NEEDS = {
     r"python (opt|main)\.py (facebook|meta-llama)/": "the hub",
     r"python main\.py MODEL --load": "a GPU",
+    r"python main\.py (--load )?models/smollm2": "a real model, text and an hour",
     r"python main\.py --load DIR": "a saved folder; tests/test_saving.py loads them",
     r"python opt\.py --load models/opt-125m": "the hub: a model saved from it",
     r"python scripts/(real_model|massive|compare_export|compare_llmcompressor)\.py": "a real model, text and minutes",
@@ -45,6 +46,7 @@ RUN = {  # what is added, to be quicker: the last flag counts
     r"python main\.py demo/llama .*--tasks": "--nsamples 2 --limit 2",
     r"python scripts/plot_losses\.py results/real/smollm2": "--out out/losses.png",
     r"python scripts/table\.py --ablation results/ablation\.json": "",
+    r"python scripts/table\.py results/": "",
 }
 
 
