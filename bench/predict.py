@@ -157,8 +157,10 @@ def quantizer_threads(M, columns, what):
     return min(1024, math.ceil(threads / 32) * 32)
 
 
-def quantizer_pass_us(gpu, M, K, what, moved, ranged, coded, parts=1, count=1):
-    """A kernel of the quantizer that moves so many bytes; `parts` blocks share `count` rows."""
+def quantizer_pass_us(gpu, M, K, what, ranged, coded, parts=1):
+    """A kernel of the quantizer; `parts` blocks share a row."""
+    count = 1 if coded or what else math.ceil(M / 1024)  # rows of a block
+    moved = 2 * M * K * (2 if what == "gate" else 1) + M * K * coded
     columns = math.ceil(K / parts / 64) * 64
     threads = quantizer_threads(M, columns, what)
     instructions = warp_instructions(ROWS[what], columns, threads, ranged, coded, count) + PARTS_ONCE * (coded and not ranged)
@@ -169,19 +171,18 @@ def quantizer_pass_us(gpu, M, K, what, moved, ranged, coded, parts=1, count=1):
 
 def produced_us(gpu, M, K, what):
     """Quantization per token, with the norm or the gate in front of it, if any: one pass, or two over a gate of few rows, as in w4a8.cu."""
-    read, parts = 2 * M * K * (2 if what == "gate" else 1), min(FEW // M, K // 2048)
+    parts = min(FEW // M, K // 2048)
     if what == "gate" and parts >= 5:
-        ranges = quantizer_pass_us(gpu, M, K, what, read, True, False, parts)
-        return ranges + quantizer_pass_us(gpu, M, K, what, read + M * K, False, True, parts)
-    return quantizer_pass_us(gpu, M, K, what, read + M * K, True, True)
+        return quantizer_pass_us(gpu, M, K, what, True, False, parts) + quantizer_pass_us(gpu, M, K, what, False, True, parts)
+    return quantizer_pass_us(gpu, M, K, what, True, True)
 
 
 def quantizer_us(gpu, M, K):
     """Of one sequence of M tokens: a pass for the range, and one for the codes; a single token has but one."""
     if M == 1:
         return produced_us(gpu, M, K, "")
-    ranges = quantizer_pass_us(gpu, M, K, "", 2 * M * K, True, False, count=math.ceil(M / 1024))
-    return ranges + quantizer_pass_us(gpu, M, K, "", 3 * M * K, False, True, max(1, min(FEW // M, K // 2048)))
+    ranges = quantizer_pass_us(gpu, M, K, "", True, False)
+    return ranges + quantizer_pass_us(gpu, M, K, "", False, True, max(1, min(FEW // M, K // 2048)))
 
 
 def elementwise_us(gpu, size):
