@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from copy import deepcopy
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from families import FAMILIES
@@ -160,6 +162,7 @@ def in_child(action):
 
 def in_fork(action):
     """The exit status of action(), in a process that has no other threads."""
+    tqdm.set_lock(threading.RLock())  # its own: one that is killed while it writes would never give back what it shares with its parent
     try:
         torch.set_num_threads(1)
         action()
