@@ -122,35 +122,38 @@ def in_l2(gpu, size):
 
 @dataclass(frozen=True)
 class Rows:
-    """What a warp of the quantizer issues for rows that are made in one way, as counted in the machine code for float16 of sm_90."""
+    """How many instructions a warp of the quantizer issues, counted in the machine code for float16 of sm_90.
 
-    once: int  # beside what its columns take
-    held: int  # eights of columns that a thread holds in registers, a batch
-    load: int  # a batch
-    range: int  # a batch; those of an eight beyond the row's end are issued, too
-    made: int  # an eight, before its range
+    A thread reads eight columns at a time, an "eight", and holds `held` of them in registers, a "batch".
+    """
+
+    once: int  # per warp, whatever the number of columns
+    held: int  # eights per batch
+    load: int  # per batch: reading it
+    range: int  # per batch: its range; the same for eights beyond the end of the row
+    made: int  # per eight: the norm or the gate in front of the quantizer
 
 
 ROWS = {"": Rows(250, 4, 100, 95, 0), "norm": Rows(345, 2, 150, 48, 119), "gate": Rows(250, 4, 60, 96, 345)}
-RANGE_ONCE, PARTS_ONCE = 110, 50  # of a pass for the range alone; of a pass for the codes, to read what that has left
-SKIP, CODES = 15, 105  # of an eight: that it is not of the row, or not loaded anew; its codes
-# Fitted to the quantizer's 30 times of results/gpu_check/NVIDIA_H200_bench.json, see docs/LOG.md: cycles of a kernel before and behind its
-# instructions, instructions a cycle of a scheduler, cycles from one to the next of a warp that has its scheduler to itself.
+RANGE_ONCE, PARTS_ONCE = 110, 50  # per warp: of a pass that finds the range alone; to read that range in the next pass
+SKIP, CODES = 15, 105  # per eight: to test whether it is in the row and still in registers; its codes
+# Fitted to the quantizer's 30 times of results/gpu_check/NVIDIA_H200_bench.json, see docs/LOG.md: cycles to start and end a kernel;
+# instructions per cycle of a busy scheduler; cycles per instruction of a warp that is alone on its scheduler.
 AROUND, ISSUE, ALONE = 670, 0.74, 6
 FEW = 256  # rows: kFewRows of w4a8.cu
 
 
 def warp_instructions(rows, columns, threads, ranged, coded, count=1):
-    """Of a warp, for so many columns of `count` rows: their range, their codes, or both."""
+    """Instructions of a warp that finds the range (`ranged`), the codes (`coded`), or both, of `count` rows."""
     eights = columns / (8 * threads)
     batches = math.ceil(eights / rows.held)
-    again = batches * rows.load if ranged and coded and batches > 1 else 0  # the registers hold one
+    again = batches * rows.load if ranged and coded and batches > 1 else 0  # only the last batch is still in registers
     found = batches * (rows.load + rows.range * ranged + SKIP * rows.held * coded) + eights * (rows.made + CODES * coded) + again
     return (rows.once if coded else RANGE_ONCE) + count * found
 
 
 def quantizer_threads(M, columns, what):
-    """Of a block that takes so many columns of a row; see quantize in w4a8.cu."""
+    """Threads of a block that takes so many columns of a row; see quantize in w4a8.cu."""
     if M > FEW and not what:
         return 256
     threads = math.ceil(columns / 8) if M <= FEW else max(256, math.ceil(columns / (8 * ROWS[what].held)))
@@ -158,7 +161,7 @@ def quantizer_threads(M, columns, what):
 
 
 def quantizer_pass_us(gpu, M, K, what, ranged, coded, parts=1):
-    """A kernel of the quantizer; `parts` blocks share a row."""
+    """The time of one kernel of the quantizer, which finds the range, the codes, or both; `parts` blocks share a row."""
     count = 1 if coded or what else math.ceil(M / 1024)  # rows of a block
     moved = 2 * M * K * (2 if what == "gate" else 1) + M * K * coded
     columns = math.ceil(K / parts / 64) * 64
@@ -178,7 +181,7 @@ def produced_us(gpu, M, K, what):
 
 
 def quantizer_us(gpu, M, K):
-    """Of one sequence of M tokens: a pass for the range, and one for the codes; a single token has but one."""
+    """The time to quantize one sequence of M tokens: a pass for the range and one for the codes; one pass for a single token."""
     if M == 1:
         return produced_us(gpu, M, K, "")
     ranges = quantizer_pass_us(gpu, M, K, "", True, False)
@@ -271,7 +274,7 @@ def best(gpu, code, M, N, K):
 
 
 def report(gpu, kind):
-    """That of results/gpu_check, or None."""
+    """The JSON of this GPU and kind in results/gpu_check, or None."""
     path = MEASURED / f"{gpu.product.replace(' ', '_')}_{kind}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -283,7 +286,7 @@ def measured_kernels(gpu):
 
 
 def measured(gpu):
-    """The same, with what bench.linears timed, which comes first, and the commits, for a title; {} and "" where nothing was timed."""
+    """({as of measured_kernels}, "commit, ..."): the times of bench.sweep and bench.linears; those of the latter replace the former's."""
     found, commits = measured_kernels(gpu), {}
     for kind in ("kernels", "bench"):
         if timed := report(gpu, kind):
@@ -296,7 +299,7 @@ def measured(gpu):
 
 
 def beside(times, kernel):
-    """What was measured of a cell, by the same kernel, or else by the fastest, which is named then."""
+    """The measured times of a cell, in brackets: of the same kernel, or of the fastest one, with its name."""
     ours = {name: us for name, us in times.items() if name != "float16"}
     if not ours or "float16" not in times:
         return ""

@@ -31,7 +31,7 @@ def label(config, parts):
 
 
 def cell(library, device, tokens, rows, columns, left_out=()):
-    """The times of a layer and a number of tokens."""
+    """For JSON: the time of every kernel, and of float16, for a layer and a number of tokens."""
     x = random_matrix(tokens, columns, torch.float16, device)[None]
     found = {label(*c): time for c, time in times_of(library, x, packed_copies(rows, columns, device), left_out).items()}
     base = timed(OURS["float16"].make(rows, columns, device)(tokens), device, graph=device.type == "cuda")["median"]

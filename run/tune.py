@@ -28,7 +28,7 @@ GRAPH = 160  # bytes that a block keeps for its gradients, for each token and ch
 class TunedLinear(nn.Module):
     """A quantized linear whose scales and bias can be trained, made from a frozen quant.QuantLinear, the codes (R, C) and the Grid.
 
-    dtype: of its product; bfloat16 has the codes as they are.
+    dtype: the type of its matrix product; bfloat16 holds codes of up to 8 bits exactly.
     """
 
     def __init__(self, linear, q, grid, dtype=torch.float32):
@@ -157,7 +157,7 @@ class Student:
 def divergence_of(logits, wanted):
     """The mean divergence of logits (T, V) from the log-probabilities wanted (T, V), in nats, and its gradient (T, V).
 
-    Written out: autograd goes over so many numbers four times as often.
+    The gradient is written out, as autograd reads and writes T x V numbers several times more.
     """
     found, probable = logits.log_softmax(-1), wanted.exp()
     loss = (wanted - found).mul_(probable).sum().item() / len(wanted)
