@@ -190,6 +190,9 @@ def add_solver_flags(group):
         "--blocksize", type=int, default=1, metavar="COLUMNS", help="columns rounded jointly (default 1; -1 = 1 %% of a row)"
     )
     group.add_argument(
+        "--beam", type=positive, default=1, metavar="WAYS", help="ways to round a row that are followed (default 1, which is GPTQ)"
+    )
+    group.add_argument(
         "--actorder", action=SWITCH, default=False, help="round the columns with the largest inputs first; groups stay in place"
     )
     group.add_argument("--true-sequential", action=SWITCH, default=False, help="let each group of linears see the ones before it quantized")

@@ -85,6 +85,23 @@ def column_loop(W, U, scale, zero, bits, full_width=False):
     return q.T
 
 
+def beam_loop(W, U, scale, zero, bits, beam):
+    """gptq.beam_search, row by row and way by way.  scale, zero: (R, 1)."""
+    found = []
+    for row, s, z in zip(W, scale, zero, strict=True):
+        ways = [(0.0, row, [])]
+        for i in range(len(row)):
+            forks = []
+            for cost, w, before in ways:
+                low = torch.floor(w[i] / s + z).clamp(0, 2**bits - 2)
+                for code in (low, low + 1):
+                    error = (w[i] - (code - z) * s) / U[i, i]
+                    forks.append((cost + error.item() ** 2, w - error * U[i].where(torch.arange(len(row)) > i, 0), [*before, code.item()]))
+            ways = sorted(forks, key=lambda way: way[0])[:beam]
+        found.append(ways[0][2])
+    return torch.tensor(found, dtype=torch.uint8)
+
+
 def block_loop(W, U, bits, groupsize=-1, sym=False, blocksize=1, first=None, grid_of=None, cost=None):
     """The loop over blocks of columns, which finds the grid of a group when it gets there, from W as it is then: q, scale, zero (R, C).
 

@@ -8,7 +8,7 @@ import reference
 import torch
 
 import gptq
-from quant import find_grid, from_int, rtn
+from quant import Grid, find_grid, from_int, rtn
 from recipe import Recipe
 
 BLOCKSIZES = [1, 3, 8, -1]  # -1: 2 of 250 columns
@@ -96,6 +96,59 @@ def test_columns_in_another_order_keep_their_grid(groupsize):
     scale, zero = (grid.columns(p, 250).expand_as(W)[:, order] for p in (grid.scale, grid.zero))
     q = gptq.solve(W[:, order], U, grid, order=order)
     assert torch.equal(q, reference.column_loop(W[:, order], U, scale, zero, 4))
+
+
+def lost(W, q, grid, U):
+    """What rounding costs, E H E^T, row by row (R,)."""
+    return torch.linalg.solve_triangular(U, W - from_int(q, grid), upper=True, left=False).square().sum(1)
+
+
+@pytest.mark.parametrize("beam", [1, 2, 3, 8])
+@pytest.mark.parametrize("C", [1, 2, 31, 32, 33, 70])  # around FORK
+@pytest.mark.parametrize("bits", [2, 4])
+def test_beam_search_is_the_search_of_each_row(bits, C, beam, monkeypatch):
+    W, _, U = problem(C, outliers=min(4, C))
+    grid = find_grid(W, bits)
+    monkeypatch.setitem(gptq.BEAMS, "cpu", 3 * beam * C)  # three rows at a time
+    w, scale, zero = W.T.clone(), *(p.T.expand(C, -1) for p in (grid.scale, grid.zero))
+    q = gptq.beam_search(w, U.T, scale, zero, bits, beam).T
+    assert torch.equal(q, reference.beam_loop(W, U, grid.scale, grid.zero, bits, beam))
+    torch.testing.assert_close(w.square().sum(0), lost(W, q, grid, U), rtol=1e-4, atol=1e-6)
+    assert beam > 1 or torch.equal(q, gptq.solve(W, U, grid))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_beam_finds_better_codes(bits):
+    W, _, U = problem(250)
+    grid = find_grid(W, bits)
+    costs = [lost(W, gptq.solve(W, U, grid, beam=beam), grid, U).sum().item() for beam in (1, 2, 8, 32)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] < 0.95 * costs[0], costs
+
+
+def test_a_wide_beam_finds_the_best_codes():
+    W, _, U = problem(6, outliers=1)
+    grid = find_grid(W, 2)
+    every = torch.cartesian_prod(*[torch.arange(4)] * 6)  # all there are
+    rows = zip(W.split(1), grid.scale.split(1), grid.zero.split(1), strict=True)
+    best = torch.stack([lost(row, every, Grid(*place, 2, -1), U).min() for row, *place in rows])
+    found = lost(W, gptq.solve(W, U, grid, beam=64), grid, U)
+    assert (found >= best * (1 - 1e-9)).all()
+    assert (found <= best * (1 + 1e-9)).double().mean() > 0.9  # the two nearest codes of a column are tried, not all
+
+
+@pytest.mark.parametrize("groupsize", [50, 64])
+def test_a_beam_ends_with_its_group(groupsize):
+    W, _, U = problem(250)
+    find = partial(find_grid, bits=3, groupsize=groupsize)
+    grid, alone = find(W), find(W)
+    q = gptq.solve(W, U, grid, regrid=find, beam=4)
+    first = gptq.solve(W[:, :groupsize], U[:groupsize, :groupsize], find_grid(W[:, :groupsize], 3), beam=4)
+    assert torch.equal(q[:, :groupsize], first)
+    assert not torch.equal(grid.scale[:, 1:], alone.scale[:, 1:]), "later grids see what the columns before have left"
+    error = W[:, :groupsize] - from_int(first, find_grid(W[:, :groupsize], 3))
+    left = torch.linalg.solve_triangular(U[:groupsize, :groupsize], error, upper=True, left=False)
+    rest = W[:, groupsize:] - left @ U[:groupsize, groupsize:]
+    torch.testing.assert_close(grid.scale[:, 1], find_grid(rest[:, :groupsize], 3).scale[:, 0])
 
 
 def test_solve_restores_the_threads():

@@ -92,6 +92,7 @@ FLAGS = {
     "--min": ((*SMOOTH, "--min", "3.5"), ("recipe", "min", 3.5), SMOOTH),
     "--percdamp": ((*AWRQ, "--percdamp", "0.5"), ("recipe", "percdamp", 0.5), AWRQ),
     "--blocksize": ((*AWRQ, "--blocksize", "8"), ("recipe", "blocksize", 8), AWRQ),
+    "--beam": ((*AWRQ, "--beam", "4"), ("recipe", "beam", 4), AWRQ),
     "--actorder": ((*GROUPED, "--actorder"), ("recipe", "actorder", True), GROUPED),
     "--true-sequential": ((*AWRQ, "--true-sequential"), ("recipe", "true_sequential", True), AWRQ),
     "--guided": ((*AWRQ, "--guided"), ("recipe", "guided", True), AWRQ),
