@@ -37,6 +37,7 @@ damp-0.1         --preset plus --percdamp 0.1
 no-actorder      --preset plus --no-actorder
 no-sequential    --preset plus --no-true-sequential
 guided           --preset plus --guided
+beam             --preset plus --beam 8
 layer            --preset plus --target layer
 stream-only      --preset plus --target_mix 1
 no-bias          --preset plus --no-bias_correction

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real pretrained model at W4A8, W3A8 and W4A6: one JSON per cell, out/real/MODEL/CELL.json.  Finished cells are skipped; a failed one stops
-# no other.  scripts/real_model.py makes the model.  About two hours on 2 cores; the table can be had from what is there.
+# no other.  scripts/real_model.py makes the model.  About four hours on 2 cores; the table can be had from what is there.
 #
 #   bash scripts/real.sh --data_dir DIR          every cell; further flags go to each main.py
 #   CELLS="plus awrq" BITS=w4a8 SEEDS="0 1 2" bash scripts/real.sh --data_dir DIR    some of them
@@ -26,8 +26,10 @@ awrq-smooth  --method awrq --smooth
 gptq         --method gptq --act_quant
 plus         --method awrq --preset plus
 plus-guided  --method awrq --preset plus --guided
+plus-beam    --method awrq --preset plus --beam 8
 plus-tuned   --method awrq --preset plus --tune_steps 64
 plus-guided-tuned --method awrq --preset plus --guided --tune_steps 64
+plus-guided-beam-tuned --method awrq --preset plus --guided --beam 8 --tune_steps 64
 serve        --method awrq --preset serve
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
