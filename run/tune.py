@@ -17,7 +17,7 @@ from modelutils import Decoder, run_block, sequences_place, skeleton
 from processes import ALONE
 from quant import fake_quant_act
 from recipe import STEP_SAMPLES
-from runtime import free_memory, multiplies_bfloat16
+from runtime import approximate, free_memory, multiplies_bfloat16
 
 RATE = 1e-3  # learning rate relative to the root mean square of each tensor; it falls to 0 along half a cosine
 BETAS = (0.9, 0.95)  # of Adam
@@ -72,7 +72,10 @@ def teacher_place(decoder, ids, device):
 
 
 class Teacher:
-    """The unquantized Decoder on the sequences ids (n, T).  Its blocks run once, its head on every request."""
+    """The unquantized Decoder on the sequences ids (n, T).  Its blocks run once, its head on every request.
+
+    It multiplies in bfloat16 where the device has instructions for that, which moves it by about 4e-4 nats (docs/LOG.md).
+    """
 
     @torch.no_grad()
     def __init__(self, decoder, ids, device):
@@ -81,19 +84,26 @@ class Teacher:
         self.last = decoder.embed(ids.split(1), teacher_place(decoder, ids, device))
         self.first, self.arguments = list(self.last.x), {name: found for (name, _), found in self.last.arguments.items()}
         for i, block in decoder.visits(device, "reading the unquantized model"):
-            self.last.propagate(block, f"block {i}")
+            with approximate(device, torch.float32):
+                self.last.propagate(block, f"block {i}")
 
     @torch.no_grad()
     def sequence(self, k):
         """For sequence k: the input (1, T, D) of the first block, the blocks' other arguments, and the wanted log-probabilities (T, V)."""
-        return self.first[k].to(self.device), self.arguments, self.head(self.last[k])[0].log_softmax(-1)
+        return self.first[k].to(self.device), self.arguments, logits_of(self.head, self.last[k], self.device).log_softmax(-1)
+
+
+def logits_of(head, x, device):
+    """What a head makes of one sequence, x (1, T, D): (T, V) float32."""
+    with approximate(device, torch.float32):
+        return head(x)[0].float()
 
 
 class Student:
     """The quantized model of a Store, its scales, norms and biases as parameters: {name in the model: parameter}.
 
-    It is computed in float32, but the products of quantized linears in bfloat16 where the device has instructions for them.  Blocks are
-    kept if there is room for all; else each is built from the store whenever it runs.
+    It is computed in float32, but the products of quantized linears and of the head in bfloat16 where the device has instructions for them.
+    Blocks are kept if there is room for all; else each is built from the store whenever it runs.
     """
 
     def __init__(self, store, device, tokens):
@@ -141,7 +151,7 @@ class Student:
             steps.append((x, out))
             x = out
         x = x.detach().requires_grad_()
-        logits = self.head(x)[0]
+        logits = logits_of(self.head, x, self.device)
         loss, gradient = divergence_of(logits.detach(), wanted)
         logits.backward(gradient)
         gradient = x.grad

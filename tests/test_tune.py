@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import CPU, in_child, tiny_model, token_ids, toy_tokenizer
 from test_checkpoint import recipe
 
+import runtime
 from formats.checkpoint import Store, open_checkpoint
 from formats.resume import ResumableStore, run_identity
 from modelutils import decoder_of
@@ -36,7 +37,8 @@ def exact(monkeypatch):
 
 
 def multiply_in_bfloat16(monkeypatch, quick):
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda _: quick)
+    for module in (tuning, runtime):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda _: quick)
 
 
 def finished(kind, folder=None, ids=IDS, **settings):
@@ -201,3 +203,15 @@ def test_gradients_by_products_in_bfloat16_are_near(kind, monkeypatch):
     whole, other = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, others))
     assert 0 < (other - whole).norm() < 0.3 * whole.norm()  # as roundings of activations turn out otherwise
     assert {p.dtype for p in student.parameters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_multiplies_in_bfloat16_is_near(kind, monkeypatch):
+    store = finished(kind)
+    exact = teacher_of(store)
+    multiply_in_bfloat16(monkeypatch, True)
+    teacher = tuning.Teacher(store.original, IDS, CPU)
+    found = [teacher.sequence(k)[2] for k in range(len(IDS))]
+    assert all(f.dtype == torch.float32 and not f.equal(wanted) for f, wanted in zip(found, exact, strict=True))
+    moved = F.kl_div(torch.cat(found), torch.cat(exact), reduction="batchmean", log_target=True).item()
+    assert moved < 5e-3, "rounding to 4 bits moves it by 0.1"
