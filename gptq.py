@@ -18,7 +18,7 @@ SPAN = 128  # columns rounded on one CPU thread before the others are woken for 
 LEAF = 16  # columns that are compensated one after the other, each for all before it: smaller products cost more to start than to compute
 HALVES = (torch.float16, torch.bfloat16)
 FORK = 32  # columns of a beam search whose errors are passed on to the columns after them together
-BEAMS = {"cpu": 2**21, "cuda": 2**28}  # numbers that a beam search works on together: the rows of a matrix are searched in parts
+BEAMS = {"cpu": 2**22, "cuda": 2**28}  # numbers that a beam search works on together: the rows of a matrix are searched in parts
 ROWS = {"cpu": 256, "cuda": 2048}  # of a product that are made at a time: those of a CPU stay in its cache, those of a GPU keep it busy
 
 

@@ -108,7 +108,7 @@ def test_compiles_without_spills(arch, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("settings", [{}, {"groupsize": 64, "actorder": True}, {"blocksize": 8}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"groupsize": 64, "actorder": True}, {"blocksize": 8}, {"beam": 4}], ids=str)
 def test_a_layer_on_a_gpu_is_that_on_a_cpu(settings, dtype):
     """Statistics on tensor cores and columns by the kernel, against float64 statistics and PyTorch on a CPU."""
     W, X = reference.layer(200, 520, dead=2)
