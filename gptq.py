@@ -17,8 +17,8 @@ from quant import find_grid, rtn
 SPAN = 128  # columns rounded on one CPU thread before the others are woken for a large matrix product
 LEAF = 16  # columns that are compensated one after the other, each for all before it: smaller products cost more to start than to compute
 HALVES = (torch.float16, torch.bfloat16)
-FORK = 32  # columns of a beam search whose errors are passed on to the columns after them together
-BEAMS = {"cpu": 2**22, "cuda": 2**28}  # numbers that a beam search works on together: the rows of a matrix are searched in parts
+STRIDE = 32  # columns of a beam search after which their errors are passed on to all others
+BEAMS = {"cpu": 2**22, "cuda": 2**28}  # numbers that a beam search works on together, 13 bytes each at the peak; more rows wait
 ROWS = {"cpu": 256, "cuda": 2048}  # of a product that are made at a time: those of a CPU stay in its cache, those of a GPU keep it busy
 
 
@@ -170,47 +170,45 @@ def span_kernel(device, blocksize):
 
 
 def beam_search(w, L, scale, zero, bits, beam):
-    """Round the columns w (C, R) one after the other, as `solve` does, but with several ways to round each row: codes (C, R) uint8.
+    """Round the columns w (C, R) one after the other, as `solve` does, but with several candidates for each row: codes (C, R) uint8.
 
-    The two nearest codes of a column are both tried after each of the `beam` ways so far, and the `beam` ways with the least sum of squared
-    errors E go on.  What a rounded row costs, e H e^T, is that sum over all columns.  A beam of 1 is GPTQ, which is Babai's nearest plane
+    Each column extends every candidate by its two nearest codes, and the `beam` candidates with the least sum of squared errors E are kept.
+    Over all columns that sum is e H e^T, H damped: what the rounding of the row costs.  A beam of 1 is GPTQ, which is Babai's nearest plane
     (Chen et al., "The Geometry of LLM Quantization", 2025); a wider one is the K-best search of Guo and Nilsson (2006).
 
-    L (C, C): lower, the factor of the columns.  scale, zero (C, R).  w becomes the errors E of the columns that the codes leave.
+    L (C, C): lower, the factor of the columns.  scale, zero (C, R).  beam: at most recipe.MOST_BEAM.
     """
-    rows = max(1, BEAMS[w.device.type] // (beam * len(w)))
-    parts = zip(*(t.split(rows, 1) for t in (w, scale, zero)), strict=True)
-    codes = torch.cat([search_rows(*part, L, 2**bits - 1, beam) for part in parts], 1)
-    w.copy_(torch.linalg.solve_triangular(L, w.addcmul_(codes - zero, scale, value=-1), upper=False))
-    return codes
+    parts = -(-w.numel() * beam // BEAMS[w.device.type])
+    parts = zip(*(t.chunk(parts, 1) for t in (w, scale, zero)), strict=True)
+    return torch.cat([search_rows(*part, L, 2**bits - 1, beam) for part in parts], 1)
 
 
 def search_rows(w, scale, zero, L, top, beam):
     """beam_search on some of the rows, codes 0 to top: the codes (C, R) uint8."""
     C, R = w.shape
-    rest, cost = w[:, :, None], w.new_zeros(R, 1)  # the columns as each way leaves them (columns left, R, ways), and what it has cost
-    forks = []  # for each column the codes that were chosen, and after which way (R, ways)
-    for i in range(0, C, FORK):
-        j = min(i + FORK, C)
+    rest, cost = w[:, :, None], w.new_zeros(R, 1)  # the columns as each candidate leaves them (columns left, R, beam); what it has cost
+    history = []  # for each column the code of each candidate, and which candidate that extended (R, beam)
+    for i in range(0, C, STRIDE):
+        j = min(i + STRIDE, C)
         E = w.new_empty(0, *cost.shape)
-        since = torch.arange(cost.shape[1], device=w.device).expand(R, -1)  # which way of `rest` each is
+        origin = torch.arange(cost.shape[1], device=w.device).expand(R, -1)  # the candidate of `rest` that each goes back to
         for c in range(i, j):
-            x = rest[c - i].gather(1, since) - torch.tensordot(L[c, i:c], E, 1)
+            x = rest[c - i].gather(1, origin) - torch.tensordot(L[c, i:c], E, 1)
             s, z = scale[c, :, None, None], zero[c, :, None, None]
             low = (x[..., None] / s).add_(z).floor_().clamp_(0, top - 1)
-            both = torch.cat((low, low + 1), 2)  # (R, ways, 2)
+            both = torch.cat((low, low + 1), 2)  # (R, beam, 2)
             error = (x[..., None] - (both - z) * s) / L[c, c]
             cost, kept = (cost[..., None] + error.square()).flatten(1).topk(min(beam, 2 * cost.shape[1]), 1, largest=False, sorted=False)
-            way = kept // 2
-            E = torch.cat((E.gather(2, way.expand(len(E), -1, -1)), error.flatten(1).gather(1, kept)[None]))
-            since = since.gather(1, way)
-            forks.append((both.flatten(1).gather(1, kept).to(torch.uint8), way.to(torch.uint8)))
-        rest = rest[j - i :].gather(2, since.expand(C - j, -1, -1))
+            parent = kept // 2
+            E = torch.cat((E.gather(2, parent.expand(len(E), -1, -1)), error.flatten(1).gather(1, kept)[None]))
+            origin = origin.gather(1, parent)
+            history.append((both.flatten(1).gather(1, kept).to(torch.uint8), parent.to(torch.uint8)))
+        rest = rest[j - i :].gather(2, origin.expand(C - j, -1, -1))
         rest.flatten(1).addmm_(L[j:, i:j], E.flatten(1), alpha=-1)
-    codes, way = [], cost.argmin(1, keepdim=True)
-    for chosen, before in reversed(forks):
-        codes.append(chosen.gather(1, way)[:, 0])
-        way = before.gather(1, way).long()
+    codes, best = [], cost.argmin(1, keepdim=True)
+    for code, parent in reversed(history):
+        codes.append(code.gather(1, best)[:, 0])
+        best = parent.gather(1, best).long()
     return torch.stack(codes[::-1])
 
 
@@ -220,7 +218,7 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None, beam=1):
     U (C, C): upper, U^T U = H^-1.  grid: where the codes lie.  first (R, C): what the first block is rounded from, if not W (as AWRQ was
     published).  order (C,): the places in the grid that the columns of W have, if they were permuted.  regrid(W (R, g)) -> Grid: finds the
     grid of each group but the first, from W as it stands when the loop gets there, and updates `grid` in place.  beam: see beam_search,
-    which rounds each group; with more than 1, `first` and blocksize are not used.
+    which rounds a group at a time where there is a regrid, else all columns; with more than 1, `first` is not used, and blocksize is 1.
     """
     C = W.shape[1]
     g = C if grid.groupsize == -1 else grid.groupsize
@@ -233,17 +231,21 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None, beam=1):
     L = U.T
     q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     leaf, span = (max(1, columns // blocksize) * blocksize for columns in (LEAF, SPAN))
-    codes, kernel = torch.empty_like(w[:span]), span_kernel(W.device, blocksize)
+    codes, kernel = torch.empty_like(w[:span]), span_kernel(W.device, blocksize) if beam == 1 else None
 
     def round_group(i, j):
         if regrid is not None and i:
             fresh = regrid(w[i:j].T)
             grid.scale[:, i // g], grid.zero[:, i // g] = fresh.scale[:, 0], fresh.zero[:, 0]
             scale[i:j], zero[i:j] = fresh.scale.T, fresh.zero.T
-        if beam > 1:
-            q[:, i:j] = beam_search(w[i:j], L[i:j, i:j], scale[i:j], zero[i:j], grid.bits, beam).T
-        else:
+        if beam == 1:
             sweep(w, L, i, j, span, round_span)
+            return
+        found = beam_search(w[i:j], L[i:j, i:j], scale[i:j], zero[i:j], grid.bits, beam)
+        q[:, i:j] = found.T
+        if j < C:
+            w[i:j] -= (found - zero[i:j]) * scale[i:j]
+            w[i:j] = torch.linalg.solve_triangular(L[i:j, i:j], w[i:j], upper=False)
 
     def round_span(i, j):
         if kernel:
@@ -266,7 +268,7 @@ def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None, beam=1):
             else:
                 x.copy_(torch.linalg.solve_triangular(L[a:b, a:b], x, upper=False))
 
-    sweep(w, L, 0, C, g, round_group)
+    sweep(w, L, 0, C, g if beam == 1 or regrid else C, round_group)
     return q
 
 

@@ -15,7 +15,7 @@ ARITHMETICS = ("auto", "integers", "dequantized")
 EXPORTS = ("compressed-tensors", "gguf")
 KERNELS = ("auto", "cuda", "torch")
 STEP_SAMPLES = 2  # calibration sequences of a step of tuning
-MOST_BEAM = 128
+MOST_BEAM = 128  # gptq.search_rows counts candidates in a byte
 TUNE_SAMPLES = 256  # of all steps, at most; then they come again
 
 # ---------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Recipe:
     min: float = 0.1
     smooth_search: bool = False  # an alpha for each group of linears, in place of `alpha`: see smoothquant.search_scale
     percdamp: float = 0.01
-    beam: int = 1  # ways to round a row that are followed: see gptq.beam_search
+    beam: int = 1  # candidates for the codes of a row: see gptq.beam_search
     actorder: bool = False
     true_sequential: bool = False
     guided: bool = False  # tokens count by how much the loss depends on what a layer gives for them: see run/guide.py
@@ -127,6 +127,7 @@ class Recipe:
             ("act_bits", self.act_bits in (4, 5, 6, 7, 8, 16), "4 to 8, or 16 for unquantized activations"),
             ("groupsize", self.groupsize == -1 or self.groupsize > 0, "a positive number of columns, or -1 for whole rows"),
             ("blocksize", self.blocksize == -1 or self.blocksize > 0, "a positive number of columns, or -1 for one hundredth of them"),
+            ("blocksize", 1 in (self.beam, self.blocksize), "1 with --beam, which rounds each column by itself"),
             ("beam", 1 <= self.beam <= MOST_BEAM, f"between 1 and {MOST_BEAM}"),
             ("grid", self.grid in GRIDS, " or ".join(GRIDS)),
             ("clip", self.clip in CLIPS, ", ".join(CLIPS)),

@@ -148,7 +148,6 @@ def make_recipe(values, typed, fallback):
         (method.weights or acts, "quantize anything", ("rotate",)),
         (True in method.smooth or not values["smooth"], "smooth", ("smooth",)),
         (smooth, "smooth" + " without --smooth" * (True in method.smooth), ("alpha", "min", "smooth_search")),
-        (1 in (values["beam"], values["blocksize"]), "round columns jointly with --beam", ("blocksize",)),
         (not values["smooth_search"], "use an alpha with --smooth_search", ("alpha",)),
         (True in method.acts, "quantize activations", ("act_quant",)),
         (acts, "quantize activations" + " without --act_quant" * (True in method.acts), ("act_bits", "act_pertoken", "act_sym")),

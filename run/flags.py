@@ -190,7 +190,11 @@ def add_solver_flags(group):
         "--blocksize", type=int, default=1, metavar="COLUMNS", help="columns rounded jointly (default 1; -1 = 1 %% of a row)"
     )
     group.add_argument(
-        "--beam", type=positive, default=1, metavar="WAYS", help="ways to round a row that are followed (default 1, which is GPTQ)"
+        "--beam",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="candidates for the codes of a row that are kept (default 1)",
     )
     group.add_argument(
         "--actorder", action=SWITCH, default=False, help="round the columns with the largest inputs first; groups stay in place"

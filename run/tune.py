@@ -17,7 +17,7 @@ from modelutils import Decoder, run_block, sequences_place, skeleton
 from processes import ALONE
 from quant import fake_quant_act
 from recipe import STEP_SAMPLES
-from runtime import approximate, free_memory, multiplies_bfloat16
+from runtime import free_memory, multiplies_bfloat16
 
 RATE = 1e-3  # learning rate relative to the root mean square of each tensor; it falls to 0 along half a cosine
 BETAS = (0.9, 0.95)  # of Adam
@@ -71,45 +71,46 @@ def teacher_place(decoder, ids, device):
     return sequences_place(decoder.config, torch.float32, ids.numel(), device, streams=2)
 
 
-class Teacher:
-    """The unquantized Decoder on the sequences ids (n, T).  Its blocks run once, its head on every request.
+def is_quick(recipe, device):
+    """Whether to multiply in bfloat16: the device has instructions for it, and the weights so few bits that it does not matter."""
+    return recipe.wbits <= 4 and multiplies_bfloat16(device)
 
-    It multiplies in bfloat16 where the device has instructions for that, which moves it by about 4e-4 nats (docs/LOG.md).
-    """
+
+def logits_of(head, x, quick):
+    """What a head makes of one sequence, x (1, T, D): (T, V) float32.  quick: by a product in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=quick):
+        return head(x)[0].float()
+
+
+class Teacher:
+    """The unquantized Decoder on the sequences ids (n, T).  Its blocks run once, its head on every request; quick: in bfloat16."""
 
     @torch.no_grad()
-    def __init__(self, decoder, ids, device):
+    def __init__(self, decoder, ids, device, quick=False):
         decoder = as_float(decoder)
-        self.device, self.head = device, decoder.head(device)
+        self.device, self.head, self.quick = device, decoder.head(device), quick
         self.last = decoder.embed(ids.split(1), teacher_place(decoder, ids, device))
         self.first, self.arguments = list(self.last.x), {name: found for (name, _), found in self.last.arguments.items()}
         for i, block in decoder.visits(device, "reading the unquantized model"):
-            with approximate(device, torch.float32):
+            with torch.autocast(device.type, torch.bfloat16, enabled=quick):
                 self.last.propagate(block, f"block {i}")
 
     @torch.no_grad()
     def sequence(self, k):
         """For sequence k: the input (1, T, D) of the first block, the blocks' other arguments, and the wanted log-probabilities (T, V)."""
-        return self.first[k].to(self.device), self.arguments, logits_of(self.head, self.last[k], self.device).log_softmax(-1)
-
-
-def logits_of(head, x, device):
-    """What a head makes of one sequence, x (1, T, D): (T, V) float32."""
-    with approximate(device, torch.float32):
-        return head(x)[0].float()
+        return self.first[k].to(self.device), self.arguments, logits_of(self.head, self.last[k], self.quick).log_softmax(-1)
 
 
 class Student:
     """The quantized model of a Store, its scales, norms and biases as parameters: {name in the model: parameter}.
 
-    It is computed in float32, but the products of quantized linears and of the head in bfloat16 where the device has instructions for them.
-    Blocks are kept if there is room for all; else each is built from the store whenever it runs.
+    It is computed in float32; quick: the products of quantized linears and of the head in bfloat16.  Blocks are kept if there is room for
+    all; else each is built from the store whenever it runs.
     """
 
-    def __init__(self, store, device, tokens):
+    def __init__(self, store, device, tokens, quick=False):
         """tokens: of the sequences that run together."""
-        self.store, self.device = store, device
-        self.dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        self.store, self.device, self.quick = store, device, quick
         self.decoder = as_float(store.decoder())
         self.parameters, self.blocks = {}, {}
         first, config = self._make(0), self.decoder.config
@@ -125,9 +126,9 @@ class Student:
             self.block(i)
 
     def _make(self, i):
-        block = self.decoder.block(i).to(self.device)
+        block, dtype = self.decoder.block(i).to(self.device), torch.bfloat16 if self.quick else torch.float32
         for name, (q, grid) in self.store.codes(i).items():
-            block.set_submodule(name, TunedLinear(block.get_submodule(name), q, grid, self.dtype).to(self.device))
+            block.set_submodule(name, TunedLinear(block.get_submodule(name), q, grid, dtype).to(self.device))
         return block.requires_grad_()
 
     def block(self, i):
@@ -151,7 +152,7 @@ class Student:
             steps.append((x, out))
             x = out
         x = x.detach().requires_grad_()
-        logits = logits_of(self.head, x, self.device)
+        logits = logits_of(self.head, x, self.quick)
         loss, gradient = divergence_of(logits.detach(), wanted)
         logits.backward(gradient)
         gradient = x.grad
@@ -193,12 +194,13 @@ def tune(store, ids, device):
     afterwards.  Raises FloatingPointError for NaN or Inf.
     """
     world, steps = store.world, plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
-    student = Student(store, device, ids.shape[1])
+    quick = is_quick(store.recipe, device)
+    student = Student(store, device, ids.shape[1], quick)
     optimizer = Optimizer(student.parameters, len(steps))
     found = optimizer.restore(store.tuning())
     if len(found) < len(steps):
         needed = read_by(world, steps[len(found) :])
-        teacher = Teacher(store.original, ids[needed], device) if needed else None  # there are more processes than STEP_SAMPLES
+        teacher = Teacher(store.original, ids[needed], device, quick) if needed else None  # there are more processes than STEP_SAMPLES
         for numbers in (bar := tqdm(steps[len(found) :], desc="tuning", unit="step", leave=False, initial=len(found), total=len(steps))):
             lost = world.total(sum(student.divergence(*teacher.sequence(needed.index(k))) for k in world.own(numbers))) / len(numbers)
             optimizer.step(len(found), len(numbers), world)

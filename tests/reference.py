@@ -86,19 +86,19 @@ def column_loop(W, U, scale, zero, bits, full_width=False):
 
 
 def beam_loop(W, U, scale, zero, bits, beam):
-    """gptq.beam_search, row by row and way by way.  scale, zero: (R, 1)."""
-    found = []
-    for row, s, z in zip(W, scale, zero, strict=True):
-        ways = [(0.0, row, [])]
+    """gptq.beam_search, row by row and candidate by candidate.  scale, zero: (R, C) or (R, 1)."""
+    found, after = [], torch.ones_like(U).triu(1)
+    for row, s, z in zip(W, scale.expand_as(W), zero.expand_as(W), strict=True):
+        kept = [(0.0, row, [])]
         for i in range(len(row)):
-            forks = []
-            for cost, w, before in ways:
-                low = torch.floor(w[i] / s + z).clamp(0, 2**bits - 2)
+            extended = []
+            for cost, w, codes in kept:
+                low = torch.floor(w[i] / s[i] + z[i]).clamp(0, 2**bits - 2)
                 for code in (low, low + 1):
-                    error = (w[i] - (code - z) * s) / U[i, i]
-                    forks.append((cost + error.item() ** 2, w - error * U[i].where(torch.arange(len(row)) > i, 0), [*before, code.item()]))
-            ways = sorted(forks, key=lambda way: way[0])[:beam]
-        found.append(ways[0][2])
+                    error = (w[i] - (code - z[i]) * s[i]) / U[i, i]
+                    extended.append((cost + error.item() ** 2, w - error * U[i] * after[i], [*codes, code.item()]))
+            kept = sorted(extended, key=lambda candidate: candidate[0])[:beam]
+        found.append(kept[0][2])
     return torch.tensor(found, dtype=torch.uint8)
 
 

@@ -178,7 +178,7 @@ def test_seqlen_beyond_the_context():
         ("--method rtn --wbits 4 --preset plus --clip hessian", ["--clip hessian", "rtn"]),
         ("--method rtn --wbits 4 --percdamp 0.01", ["--percdamp 0.01", "rtn"]),
         ("--method act_only --groupsize -1", ["--groupsize -1", "act_only"]),
-        ("--method awrq --wbits 4 --beam 4 --blocksize 8", ["--blocksize 8", "--beam"]),
+        ("--method awrq --wbits 4 --beam 4 --blocksize 8", ["--blocksize 8", "1 with --beam"]),
         ("--method awrq --wbits 4 --beam 1000", ["--beam 1000", "128"]),
         ("--method rtn --wbits 4 --no-actorder", ["--no-actorder", "rtn"]),
         ("--method rtn --wbits 4 --preset plus --no-actorder", ["--no-actorder", "rtn"]),

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from conftest import CPU, in_child, tiny_model, token_ids, toy_tokenizer
 from test_checkpoint import recipe
 
-import runtime
 from formats.checkpoint import Store, open_checkpoint
 from formats.resume import ResumableStore, run_identity
 from modelutils import decoder_of
@@ -17,7 +16,7 @@ from recipe import STEP_SAMPLES, TUNE_SAMPLES
 from rotate import rotated
 from run import tune as tuning
 from run.quantize import quantize_blocks
-from run.tune import Student, TunedLinear, as_float, divergence_of, plan, tune
+from run.tune import Student, Teacher, TunedLinear, as_float, divergence_of, plan, tune
 
 pytestmark = pytest.mark.slow
 
@@ -33,12 +32,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """Products in float32, whatever the machine is quick at."""
-    multiply_in_bfloat16(monkeypatch, False)
-
-
-def multiply_in_bfloat16(monkeypatch, quick):
-    for module in (tuning, runtime):
-        monkeypatch.setattr(module, "multiplies_bfloat16", lambda _: quick)
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda _: False)
 
 
 def finished(kind, folder=None, ids=IDS, **settings):
@@ -186,7 +180,7 @@ def test_the_divergence_is_that_of_the_formula():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_by_products_in_bfloat16_are_near(kind, monkeypatch):
+def test_gradients_by_products_in_bfloat16_are_near(kind):
     store = finished(kind)
     wanted, place = teacher_of(store, IDS[:1]), tuning.sequences_place(store.original.config, torch.float32, IDS.numel(), CPU)
     with torch.no_grad():
@@ -194,8 +188,7 @@ def test_gradients_by_products_in_bfloat16_are_near(kind, monkeypatch):
     arguments = {name: found for (name, _), found in entering.arguments.items()}
     found = []
     for quick in (False, True):
-        multiply_in_bfloat16(monkeypatch, quick)
-        student = Student(store, CPU, 16)
+        student = Student(store, CPU, 16, quick)
         loss = student.divergence(entering[0], arguments, wanted[0])
         found.append((loss, {name: p.grad for name, p in student.parameters.items() if p.grad is not None}))
     (exact, gradients), (near, others) = found
@@ -206,12 +199,34 @@ def test_gradients_by_products_in_bfloat16_are_near(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_teacher_that_multiplies_in_bfloat16_is_near(kind, monkeypatch):
+def test_a_teacher_that_multiplies_in_bfloat16_is_near(kind):
+    """A tenth of what rounding to 4 bits moves the model by, at most."""
     store = finished(kind)
-    exact = teacher_of(store)
-    multiply_in_bfloat16(monkeypatch, True)
-    teacher = tuning.Teacher(store.original, IDS, CPU)
-    found = [teacher.sequence(k)[2] for k in range(len(IDS))]
-    assert all(f.dtype == torch.float32 and not f.equal(wanted) for f, wanted in zip(found, exact, strict=True))
-    moved = F.kl_div(torch.cat(found), torch.cat(exact), reduction="batchmean", log_target=True).item()
-    assert moved < 5e-3, "rounding to 4 bits moves it by 0.1"
+    exact = torch.cat(teacher_of(store))
+    teacher = Teacher(store.original, IDS, CPU, quick=True)
+    found = torch.cat([teacher.sequence(k)[2] for k in range(len(IDS))])
+    rounded = torch.cat([store.decoder().materialize(CPU)(x).logits[0].log_softmax(-1) for x in IDS.split(1)])
+    moved, lost = (F.kl_div(other, exact, reduction="batchmean", log_target=True).item() for other in (found, rounded))
+    assert found.dtype == torch.float32 and 0 < moved < lost / 10
+
+
+def test_logits_in_bfloat16_are_near_and_have_a_gradient():
+    head, x = torch.nn.Linear(64, 300), torch.randn(1, 9, 64, requires_grad=True)
+    exact, quick = (tuning.logits_of(head, x, how) for how in (False, True))
+    assert torch.equal(exact, head(x)[0]) and quick.dtype == torch.float32
+    assert 0 < (quick - exact).abs().max() < 0.02 * exact.abs().max()
+    (mine,), (other,) = (torch.autograd.grad(logits.square().sum(), x) for logits in (exact, quick))
+    torch.testing.assert_close(other, mine, rtol=0, atol=0.02 * mine.abs().max().item())
+
+
+@pytest.mark.parametrize("device", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_only_what_is_far_from_its_original_is_tuned_in_bfloat16(bits, device, monkeypatch):
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda _: device)
+    assert tuning.is_quick(recipe(wbits=bits), CPU) == (device and bits <= 4)
+    given = []
+    for name in ("Student", "Teacher"):
+        make = getattr(tuning, name)
+        monkeypatch.setattr(tuning, name, lambda *args, make=make: given.append(args[-1]) or make(*args))
+    tune(finished("llama", wbits=bits, tune_steps=1), IDS, CPU)
+    assert given == [device and bits <= 4] * 2
