@@ -10,7 +10,8 @@ Runs that differ in their seed alone share a cell: mean ± half the range (how m
 python scripts/table.py --ablation out/ablation [--compact FILE]        (or such a FILE in place of the folder)
 
 Of scripts/ablation.sh: one table per model and text, rows are options, columns are bits, cells are mean ± half the range over seeds (their
-number), and what --preset plus gains and costs.  --compact writes the numbers and recipes of all runs to one JSON.
+number), with what --preset plus gains; and one per model of what each option costs in time.  --compact writes the numbers and recipes of
+all runs to one JSON.
 
 Published values and their sources are in published.json.  Runs of different protocols are never put into one table: that is an error.
 """
@@ -232,7 +233,7 @@ def tasks_table(runs, model, metric):
 # ---------------------------------------------------------------------------
 # The ablation
 
-QUANTIZING = ("capture", "smoothing", "statistics", "solving", "propagation")
+QUANTIZING = ("guidance", "capture", "smoothing", "statistics", "solving", "propagation", "tuning")
 
 
 def compact(run):
@@ -264,9 +265,9 @@ def without_bits(recipe):
     return recipe_name(recipe | {"wbits": 8, "act_bits": 8, "min": DEFAULTS["min"]}).replace(" W8A8", "")  # --min is the script's
 
 
-def counted(values, digits=3):
+def counted(values):
     """Mean ± half the range (how many)."""
-    return f"{spread(values, digits)} ({len(values)})"
+    return f"{spread(values, 3)} ({len(values)})"
 
 
 def cells(runs, model, number):
@@ -280,10 +281,21 @@ def cells(runs, model, number):
     return found
 
 
-def ablation_table(title, found, digits=3):
+def ablation_table(title, found):
     columns = sorted({bits for row in found.values() for bits in row}, key=lambda bits: [-int(n) for n in re.findall(r"\d+", bits)])
-    rows = [[name, *(counted(list(row[b].values()), digits) if b in row else "–" for b in columns)] for name, row in found.items()]
+    rows = [[name, *(counted(list(row[b].values())) if b in row else "–" for b in columns)] for name, row in found.items()]
     return "\n".join([f"### {title}", "", table(["", *columns], rows)])
+
+
+def time_table(model, found, base="awrq"):
+    """Markdown of cells of seconds: how many times as long as `base` each row takes, over the bits and seeds that both have; or None."""
+    seconds = {name: {(bits, seed): s for bits, row in of.items() for seed, s in row.items()} for name, of in found.items()}
+    first, rows = seconds.pop(base, {}), []
+    for name, of in seconds.items():
+        if ratios := [s / first[cell] for cell, s in of.items() if cell in first]:
+            rows.append([name, f"{statistics.median(ratios):.1f}", f"{min(ratios):.1f} to {max(ratios):.1f}", len(ratios)])
+    title = f"### {model}, time to quantize, guidance and tuning included: times as long as {base}, by the clock"
+    return "\n".join([title, "", table(["", "median", "from, to", "pairs"], rows)]) if rows else None
 
 
 def gains(found, full, rows):
@@ -314,6 +326,8 @@ def ablation(places, file=None):
         accuracy = cells(runs, model, lambda run: run["acc"])
         if accuracy:
             parts.append(ablation_table(f"{model}, mean accuracy of its tasks", accuracy))
+        if times := time_table(model, cells(runs, model, lambda run: run["seconds"] or None)):
+            parts.append(times)
         parts += costs(runs, model)
     if file:
         write_json(file, {"runs": runs})
@@ -327,10 +341,7 @@ def pairs(found):
 
 
 def costs(runs, model):
-    """Lines about what plus takes beside paper: time, and memory of the device if that is a GPU."""
-    if times := pairs(cells(runs, model, lambda run: run["seconds"] or None)):
-        ratio = statistics.median(ours / published for ours, published in times)
-        yield f"- quantizing takes {ratio:.2f} times as long with plus, the median of {len(times)} pairs of runs"
+    """A line about the memory that plus takes beside paper, if the device is a GPU."""
     if memory := pairs(cells(runs, model, lambda run: run["device_bytes"])):
         more = max(ours - published for ours, published in memory) / 2**20
         yield f"- the GPU's peak memory is at most {more:.0f} MiB larger with plus, of {len(memory)} pairs of runs"
