@@ -169,6 +169,84 @@ def span_kernel(device, blocksize):
     return triton_kernel(device) if device.type == "cuda" and blocksize == 1 else None
 
 
+def spread(grid, C, order=None):
+    """The scale and zero of each of C columns, in this order: (C, R) each."""
+    both = (grid.columns(p, C).T.contiguous().expand(C, -1) for p in (grid.scale, grid.zero))
+    return both if order is None else (p[order] for p in both)
+
+
+def take_grid(grid, group, fresh, scale, zero):
+    """Put `fresh`, the Grid of one group, in its place in the whole grid, and into the scale and zero (g, R) of its columns."""
+    grid.scale[:, group], grid.zero[:, group] = fresh.scale[:, 0], fresh.zero[:, 0]
+    scale[:], zero[:] = fresh.scale.T, fresh.zero.T
+
+
+def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None):
+    """Round W (R, C) a block of columns after the other, passing each block's error on to the columns right of it: q (R, C) uint8.
+
+    U (C, C): upper, U^T U = H^-1.  grid: where the codes lie.  first (R, C): what the first block is rounded from, if not W (as AWRQ was
+    published).  order (C,): the places in the grid that the columns of W have, if they were permuted.  regrid(W (R, g)) -> Grid: finds the
+    grid of each group but the first, from W as it stands when the loop gets there, and updates `grid` in place.
+    """
+    C = W.shape[1]
+    g = C if grid.groupsize == -1 else grid.groupsize
+    blocksize = min(g, max(1, C // 100) if blocksize == -1 else blocksize)
+    w = W.T.clone(memory_format=torch.contiguous_format)  # (C, R): a column of W is contiguous, and holds its error E once it is rounded
+    first = w if first is None else first.T
+    scale, zero = spread(grid, C, order)
+    L = U.T
+    q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    leaf, span = (max(1, columns // blocksize) * blocksize for columns in (LEAF, SPAN))
+    codes, kernel = torch.empty_like(w[:span]), span_kernel(W.device, blocksize)
+
+    def round_group(i, j):
+        if regrid is not None and i:
+            take_grid(grid, i // g, regrid(w[i:j].T), scale[i:j], zero[i:j])
+        sweep(w, L, i, j, span, round_span)
+
+    def round_span(i, j):
+        if kernel:
+            kernel(w[i:j], codes[: j - i], L[i:j, i:j].T, scale[i:j], zero[i:j], grid.bits, None if i else first[0])
+        else:
+            with one_thread():
+                sweep(w, L, i, j, leaf, lambda a, b: round_leaf(a, b, codes[a - i : b - i]))
+        q[:, i:j] = codes[: j - i].T
+
+    def round_leaf(i, j, codes):
+        for a in range(i, j, blocksize):
+            b = min(a + blocksize, j)
+            x, s, z, c = w[a:b], scale[a:b], zero[a:b], codes[a - i : b - i]
+            if a > i:
+                x.addmm_(L[a:b, i:a], w[i:a], alpha=-1)
+            torch.div(x if a else first[:b], s, out=c).round_().add_(z).clamp_(0, 2**grid.bits - 1)
+            x.addcmul_(c - z, s, value=-1)
+            if b - a == 1:
+                x.div_(L[a, a])  # computes the same as the loop below, many times faster
+            else:
+                x.copy_(torch.linalg.solve_triangular(L[a:b, a:b], x, upper=False))
+
+    sweep(w, L, 0, C, g, round_group)
+    return q
+
+
+def solve_by_beam(W, U, grid, beam, order=None, regrid=None):
+    """`solve` by beam_search: of all columns at once, or where there is a regrid, of a group at a time."""
+    C = W.shape[1]
+    g = C if grid.groupsize == -1 or regrid is None else grid.groupsize
+    w, L, q = W.T.clone(memory_format=torch.contiguous_format), U.T, torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    scale, zero = spread(grid, C, order)
+    for i in range(0, C, g):
+        j = min(i + g, C)
+        if i:
+            take_grid(grid, i // g, regrid(w[i:j].T), scale[i:j], zero[i:j])
+        codes = beam_search(w[i:j], L[i:j, i:j], scale[i:j], zero[i:j], grid.bits, beam)
+        q[:, i:j] = codes.T
+        if j < C:
+            E = torch.linalg.solve_triangular(L[i:j, i:j], w[i:j] - (codes - zero[i:j]) * scale[i:j], upper=False)
+            w[j:].addmm_(L[j:, i:j], E, alpha=-1)
+    return q
+
+
 def beam_search(w, L, scale, zero, bits, beam):
     """Round the columns w (C, R) one after the other, as `solve` does, but with several candidates for each row: codes (C, R) uint8.
 
@@ -212,66 +290,6 @@ def search_rows(w, scale, zero, L, top, beam):
     return torch.stack(codes[::-1])
 
 
-def solve(W, U, grid, first=None, blocksize=1, order=None, regrid=None, beam=1):
-    """Round W (R, C) a block of columns after the other, passing each block's error on to the columns right of it: q (R, C) uint8.
-
-    U (C, C): upper, U^T U = H^-1.  grid: where the codes lie.  first (R, C): what the first block is rounded from, if not W (as AWRQ was
-    published).  order (C,): the places in the grid that the columns of W have, if they were permuted.  regrid(W (R, g)) -> Grid: finds the
-    grid of each group but the first, from W as it stands when the loop gets there, and updates `grid` in place.  beam: see beam_search,
-    which rounds a group at a time where there is a regrid, else all columns; with more than 1, `first` is not used, and blocksize is 1.
-    """
-    C = W.shape[1]
-    g = C if grid.groupsize == -1 else grid.groupsize
-    blocksize = min(g, max(1, C // 100) if blocksize == -1 else blocksize)
-    w = W.T.clone(memory_format=torch.contiguous_format)  # (C, R): a column of W is contiguous, and holds its error E once it is rounded
-    first = w if first is None else first.T
-    scale, zero = (grid.columns(p, C).T.contiguous().expand(C, -1) for p in (grid.scale, grid.zero))
-    if order is not None:
-        scale, zero = scale[order], zero[order]
-    L = U.T
-    q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    leaf, span = (max(1, columns // blocksize) * blocksize for columns in (LEAF, SPAN))
-    codes, kernel = torch.empty_like(w[:span]), span_kernel(W.device, blocksize) if beam == 1 else None
-
-    def round_group(i, j):
-        if regrid is not None and i:
-            fresh = regrid(w[i:j].T)
-            grid.scale[:, i // g], grid.zero[:, i // g] = fresh.scale[:, 0], fresh.zero[:, 0]
-            scale[i:j], zero[i:j] = fresh.scale.T, fresh.zero.T
-        if beam == 1:
-            sweep(w, L, i, j, span, round_span)
-            return
-        found = beam_search(w[i:j], L[i:j, i:j], scale[i:j], zero[i:j], grid.bits, beam)
-        q[:, i:j] = found.T
-        if j < C:
-            w[i:j] -= (found - zero[i:j]) * scale[i:j]
-            w[i:j] = torch.linalg.solve_triangular(L[i:j, i:j], w[i:j], upper=False)
-
-    def round_span(i, j):
-        if kernel:
-            kernel(w[i:j], codes[: j - i], L[i:j, i:j].T, scale[i:j], zero[i:j], grid.bits, None if i else first[0])
-        else:
-            with one_thread():
-                sweep(w, L, i, j, leaf, lambda a, b: round_leaf(a, b, codes[a - i : b - i]))
-        q[:, i:j] = codes[: j - i].T
-
-    def round_leaf(i, j, codes):
-        for a in range(i, j, blocksize):
-            b = min(a + blocksize, j)
-            x, s, z, c = w[a:b], scale[a:b], zero[a:b], codes[a - i : b - i]
-            if a > i:
-                x.addmm_(L[a:b, i:a], w[i:a], alpha=-1)
-            torch.div(x if a else first[:b], s, out=c).round_().add_(z).clamp_(0, 2**grid.bits - 1)
-            x.addcmul_(c - z, s, value=-1)
-            if b - a == 1:
-                x.div_(L[a, a])  # computes the same as the loop below, many times faster
-            else:
-                x.copy_(torch.linalg.solve_triangular(L[a:b, a:b], x, upper=False))
-
-    sweep(w, L, 0, C, g if beam == 1 or regrid else C, round_group)
-    return q
-
-
 def quantize(W, stats, recipe, name, target=None):
     """GPTQ on W (R, C) with stats, a Hessian to be finished, which it uses up: q (R, C) uint8 and its Grid.
 
@@ -306,5 +324,8 @@ def quantize(W, stats, recipe, name, target=None):
         later = iter(importance.split(recipe.groupsize if recipe.groupsize > 0 else len(importance))[1:])
     grid = find(seen, importance=importance)
     regrid = None if recipe.actorder else lambda W: find(W, importance=next(later))
-    q = solve(star, U, grid, W, recipe.blocksize, order, regrid, recipe.beam)
+    if recipe.beam > 1:
+        q = solve_by_beam(star, U, grid, recipe.beam, order, regrid)
+    else:
+        q = solve(star, U, grid, W, recipe.blocksize, order, regrid)
     return q[:, back], grid

@@ -113,7 +113,7 @@ def test_beam_search_is_the_search_of_each_row(bits, C, beam, monkeypatch):
     w, scale, zero = W.T.clone(), *(p.T.expand(C, -1) for p in (grid.scale, grid.zero))
     q = gptq.beam_search(w, U.T, scale, zero, bits, beam).T
     assert torch.equal(q, reference.beam_loop(W, U, grid.scale, grid.zero, bits, beam))
-    assert torch.equal(q, gptq.solve(W, U, grid, beam=beam))
+    assert torch.equal(q, gptq.solve_by_beam(W, U, grid, beam))
 
 
 @pytest.mark.parametrize("sym", [False, True])
@@ -125,7 +125,7 @@ def test_a_beam_goes_on_through_groups_whose_grids_are_known(groupsize, sym):
     U = reference.inverse_factor(H[order][:, order], 0.01)
     grid = find_grid(W, 3, groupsize, sym)
     scale, zero = (grid.columns(p, 70).expand_as(W)[:, order] for p in (grid.scale, grid.zero))
-    q = gptq.solve(W[:, order], U, grid, order=order, beam=4)
+    q = gptq.solve_by_beam(W[:, order], U, grid, 4, order)
     assert torch.equal(q, reference.beam_loop(W[:, order], U, scale, zero, 3, 4))
 
 
@@ -133,7 +133,7 @@ def test_a_beam_goes_on_through_groups_whose_grids_are_known(groupsize, sym):
 def test_a_wider_beam_finds_better_codes(bits):
     W, _, U = problem(250)
     grid = find_grid(W, bits)
-    costs = [lost(W, gptq.solve(W, U, grid, beam=beam), grid, U).sum().item() for beam in (1, 2, 8, 32)]
+    costs = [lost(W, gptq.solve_by_beam(W, U, grid, beam), grid, U).sum().item() for beam in (1, 2, 8, 32)]
     assert costs == sorted(costs, reverse=True) and costs[-1] < 0.95 * costs[0], costs
 
 
@@ -143,7 +143,7 @@ def test_a_wide_beam_finds_the_best_codes():
     every = torch.cartesian_prod(*[torch.arange(4)] * 6)  # all there are
     rows = zip(W.split(1), grid.scale.split(1), grid.zero.split(1), strict=True)
     best = torch.stack([lost(row, every, Grid(*place, 2, -1), U).min() for row, *place in rows])
-    wide, narrow = (lost(W, gptq.solve(W, U, grid, beam=beam), grid, U) for beam in (64, 1))
+    wide, narrow = (lost(W, gptq.solve_by_beam(W, U, grid, beam), grid, U) for beam in (64, 1))
     torch.testing.assert_close(wide, best)
     assert (narrow > 1.01 * best).any()
 
@@ -153,8 +153,8 @@ def test_a_beam_ends_where_the_next_grid_is_not_known(groupsize):
     W, _, U = problem(250)
     find = partial(find_grid, bits=3, groupsize=groupsize)
     grid, alone = find(W), find(W)
-    q = gptq.solve(W, U, grid, regrid=find, beam=4)
-    first = gptq.solve(W[:, :groupsize], U[:groupsize, :groupsize], find_grid(W[:, :groupsize], 3), beam=4)
+    q = gptq.solve_by_beam(W, U, grid, 4, regrid=find)
+    first = gptq.solve_by_beam(W[:, :groupsize], U[:groupsize, :groupsize], find_grid(W[:, :groupsize], 3), 4)
     assert torch.equal(q[:, :groupsize], first)
     assert not torch.equal(grid.scale[:, 1:], alone.scale[:, 1:]), "later grids see what the columns before have left"
     error = W[:, :groupsize] - from_int(first, find_grid(W[:, :groupsize], 3))
