@@ -12,30 +12,39 @@ import gptq
 from kernels import act_codes
 from quant import fake_quant_act
 
+FIT_DAMP = 1  # as percdamp, of a weight that is fitted to the unquantized model's stream
+
 
 class Moments(gptq.Hessian):
     """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C), each sequence quantized as at run time.
 
     The target t is the layer's own input x, unless another is given; then the layer also compensates for errors before it.
+    R = sum of lost^T xq, (R, C), of a layer that adds to the residual stream and is to give back what the stream has lost before; else None.
     """
 
     def __init__(self, columns, recipe, device):
         super().__init__(columns, recipe, device)
-        self.M = torch.zeros_like(self.H)
+        self.M, self.R = torch.zeros_like(self.H), None
         self.acts = recipe.acts
 
-    def add(self, x, target=None):
-        """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x)."""
+    def add(self, x, target=None, lost=None, weight=None):
+        """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x), plus lost (B, T, R), if there is an R.
+
+        weight (B, T): how much tokens count, if there are no other weights.
+        """
         target = x if target is None else target
         bits, per_token, _ = self.acts
-        if x.is_cuda and bits <= 8 and not per_token and self.weights is None:
+        if x.is_cuda and bits <= 8 and not per_token and self.weights is None and self.R is None:
             self.add_codes(x, target)
-        else:
-            xq = fake_quant_act(x, *self.acts)
-            for t, q in zip(self.weighted(target), self.weighted(xq), strict=True):
-                gptq.add_product(self.H, q, q)
-                gptq.add_product(self.M, t.float() - q.float(), q.float())  # the difference first: that of two products would cancel
-            self.sequences += len(x)
+            return
+        xq = fake_quant_act(x, *self.acts)
+        parts = (target, xq) if lost is None else (target, xq, lost)
+        for t, q, *e in zip(*(self.weighted(part, weight) for part in parts), strict=True):
+            gptq.add_product(self.H, q, q)
+            gptq.add_product(self.M, t.float() - q.float(), q.float())  # the difference first: that of two products would cancel
+            for lost in e:
+                gptq.add_product(self.R, lost, q)
+        self.sequences += len(x)
 
     def add_codes(self, x, target):
         """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.
@@ -52,18 +61,22 @@ class Moments(gptq.Hessian):
     def reduce(self, world, owner):
         super().reduce(world, owner)
         world.add(self.M, owner)
+        if self.R is not None:
+            world.add(self.R, owner)
 
     def finish(self):
         super().finish()
         self.M = self.M.float()
+        self.R = None if self.R is None else self.R.float()
 
     def finite(self):
-        return super().finite() and bool(self.M.isfinite().all())
+        return super().finite() and all(bool(s.isfinite().all()) for s in (self.M, self.R) if s is not None)
 
     def permute(self, order):
         super().permute(order)
         self.M = self.M[order]
         self.M = self.M[:, order]
+        self.R = None if self.R is None else self.R[:, order]
 
 
 class Drift(Moments):
@@ -73,11 +86,20 @@ class Drift(Moments):
         super().__init__(columns, replace(recipe, act_bits=16), device)
 
 
-def reformulate(W, M, U):
-    """W* = W + W M H^-1: the real-valued weight that best undoes activation rounding.  W (R, C), M (C, C), U upper (C, C), U^T U = H^-1."""
-    return W + torch.linalg.multi_dot((W, M, U.T, U))
+def reformulate(W, M, U, R=0):
+    """W* = W + (W M + R) H^-1: the real-valued weight that best undoes activation rounding, and what else M and R ask for.
+
+    W, R (R, C), M (C, C), U upper (C, C), U^T U = H^-1.
+    """
+    return W + torch.linalg.multi_dot((W @ M + R, U.T, U))
 
 
 def quantize(W, stats, recipe, name):
     """AWRQ on W (R, C) with stats, unfinished Moments, which it overwrites: q (R, C) uint8 and its Grid.  Raises as gptq.quantize does."""
-    return gptq.quantize(W, stats, recipe, name, target=lambda W, U: reformulate(W, stats.M, U))
+
+    def target(W, U):
+        if recipe.target == "residual":  # what went wrong before depends on a layer's inputs little, and mostly on the sequences at hand
+            U = gptq.inverse_factor(stats.H, FIT_DAMP, name)
+        return reformulate(W, stats.M, U, 0 if stats.R is None else stats.R)
+
+    return gptq.quantize(W, stats, recipe, name, target)

@@ -27,10 +27,15 @@ class Residual:
     final_norm: str
     head: str
     norms: tuple[str, ...]  # of a block: producers of the groups that read the stream
-    writers: tuple[str, ...]  # linears of a block that add to it
+    writers: tuple[str, ...]  # linears of a block that add to it, each to what the norm of its place reads; see read_before
     values: tuple[str, str]  # the linear that makes the values, alone or among others, and the one that reads them after attention
     centered: bool = False  # whether the norms subtract the mean
     obstacle: Callable = lambda config: None  # why a model has another function when it is rotated
+
+    def read_before(self, config):
+        """{writer: the norm that reads the stream which it adds to}.  Of two that add to the same side by side, the first only."""
+        pairs = list(zip(self.writers, self.norms, strict=True))
+        return dict(pairs[:1] if getattr(config, "use_parallel_residual", False) else pairs)
 
 
 @dataclass(frozen=True)

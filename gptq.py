@@ -69,10 +69,15 @@ class Hessian:
             add_product(self.H, sequence, sequence)
         self.sequences += len(x)
 
-    def weighted(self, x):
-        """Yields the next sequences, of x (B, T, C), each token times the root of its weight: then its products have the weight."""
-        for k, sequence in enumerate(x, self.sequences):
-            yield sequence if self.weights is None else sequence.float() * self.weights[k, :, None].to(x.device).sqrt()
+    def weighted(self, x, weight=None):
+        """Yields the next sequences, of x (B, T, C), each token times the root of its weight: then its products have the weight.
+
+        weight (B, T): those of x, if it has no `weights`.
+        """
+        if self.weights is not None:
+            weight = self.weights[self.sequences : self.sequences + len(x)].to(x.device)
+        for k, sequence in enumerate(x):
+            yield sequence if weight is None else sequence.float() * weight[k, :, None].sqrt()
 
     def reduce(self, world, owner):
         """Add up what the processes of a processes.World have seen, at the owner."""

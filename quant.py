@@ -109,24 +109,29 @@ class Means:
 
     def __init__(self, columns, recipe, device):
         self.target, self.seen = torch.zeros(2, columns, dtype=torch.float64, device=device)
+        self.lost = None  # (R,), if the linear is to give more than the unrounded weight does
         self.tokens, self.acts = 0, recipe.acts
 
-    def add(self, x, target=None):
-        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x."""
+    def add(self, x, target=None, lost=None, *_):
+        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x; lost (B, T, R): what comes on top of that."""
         xq = fake_quant_act(x, *self.acts)
         self.target += (x if target is None else target).flatten(0, -2).sum(0, dtype=torch.float64)
         self.seen += xq.flatten(0, -2).sum(0, dtype=torch.float64)
         self.tokens += xq.flatten(0, -2).shape[0]
+        if self.lost is not None:
+            self.lost += lost.flatten(0, -2).sum(0, dtype=torch.float64)
 
     def reduce(self, world, owner):
         """Add up what the processes of a processes.World have seen, at the owner."""
         self.tokens = world.total(self.tokens)
-        for mean in (self.target, self.seen):
-            world.add(mean, owner)
+        for mean in (self.target, self.seen, self.lost):
+            if mean is not None:
+                world.add(mean, owner)
 
     def correction(self, W, Q):
-        """What to add to the bias when W (R, C) becomes Q: W mean(target) - Q mean(xq), (R,) float32."""
-        return ((W.double() @ self.target - Q.double() @ self.seen) / self.tokens).float()
+        """What to add to the bias when W (R, C) becomes Q: W mean(target) + mean(lost) - Q mean(xq), (R,) float32."""
+        lost = 0 if self.lost is None else self.lost
+        return ((W.double() @ self.target + lost - Q.double() @ self.seen) / self.tokens).float()
 
 
 class Batch:

@@ -9,7 +9,7 @@ class UsageError(ValueError):
 
 GRIDS = ("weight", "reformulated")
 CLIPS = ("none", "mse", "hessian")
-TARGETS = ("layer", "stream")
+TARGETS = ("layer", "stream", "residual")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ARITHMETICS = ("auto", "integers", "dequantized")
 EXPORTS = ("compressed-tensors", "gguf")
@@ -40,7 +40,7 @@ class Method:
     stream: tuple[str, str] | None = None
 
     def fitted_to(self, target):
-        """The method for a target, "layer" or "stream"."""
+        """The method for a target, one of TARGETS."""
         return self if target == "layer" or not self.stream else replace(self, weights=self.stream[0], stats=self.stream[1])
 
 
@@ -100,8 +100,10 @@ class Recipe:
     actorder: bool = False
     true_sequential: bool = False
     guided: bool = False  # tokens count by how much the loss depends on what a layer gives for them: see run/guide.py
-    target: str = "layer"  # what a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well
-    target_mix: float = 0.5  # share of the latter
+    # What a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well; or of the latter alone, and
+    # what the residual stream has lost before besides, if the layer adds to it.
+    target: str = "layer"
+    target_mix: float = 0.5  # share of the unquantized model with "stream"
     bias_correction: bool = False
     tune_steps: int = 0  # gradient steps on scales, norms and biases, codes fixed, on `tune_samples` sequences: see run/tune.py
     rest_dtype: str = "auto"  # in which the tensors that are not quantized are kept; auto: as the checkpoint has them

@@ -8,6 +8,8 @@ import torch
 
 from modelutils import Sequences
 
+TINY = 1e-12
+
 # ---------------------------------------------------------------------------
 # What is seen
 
@@ -18,7 +20,7 @@ class FirstSequences:
     def __init__(self, n):
         self.n, self.kept = n, []  # [(B, T, C)] of each batch
 
-    def add(self, x, target=None):
+    def add(self, x, target=None, *_):
         """x (B, T, C)"""
         if (missing := self.n - sum(map(len, self.kept))) > 0:
             self.kept.append(x[:missing].clone())
@@ -48,7 +50,7 @@ def observe(block, sequences, name, observers, stream=None, rest=True, batches=N
 
     def show(linear, args):
         x = linear.smoothed(args[0])
-        seen = (x,) if stream is None else (x, stream.target(linear, x))
+        seen = (x,) if stream is None else (x, *stream.target(linear, x))
         for observer in observers[linear]:
             observer.add(*seen)
         if linear is last and not rest:
@@ -96,28 +98,42 @@ def repeated(block, part, sequences):
 class Stream(Sequences):
     """The calibration sequences in the unquantized model, which runs block by block beside the quantized one.
 
-    mix: its share in the targets.  The device holds one unquantized block, and what its linears read for one batch.
+    mix: its share in the targets.  writers: {linear: norm}, by name, those that add to the residual stream and are to give back what it has
+    lost, with the module that reads the stream before they do.  scale: what their outputs are multiplied by.
+    The device holds one unquantized block, and what its linears read for one batch.
     """
 
-    def __init__(self, sequences, mix):
+    def __init__(self, sequences, mix, writers, scale):
         super().__init__(sequences.place)
-        self.x, self.arguments, self.mix = list(sequences.x), sequences.arguments, mix
+        self.x, self.arguments, self.mix, self.writers, self.scale = list(sequences.x), sequences.arguments, mix, writers, scale
 
     @contextmanager
     def inside(self, block, linears):
         """A context in which `target` works for these linears, {name: QuantLinear}.  Enter it before anything in the block is rounded."""
         self.block, self.done = deepcopy(block), 0
         self.reads = {linear: [] for linear in linears.values()}
-        for name, linear in linears.items():
-            self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
-        try:
-            yield
-        finally:
-            del self.block, self.reads
+        self.before = {linears[name]: [] for name in self.writers}  # the unquantized stream that each adds to, batch by batch
+        self.here = {}  # the same of the quantized model, of the current batch
+        with ExitStack() as hooks:
+            for name, linear in linears.items():
+                self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
+                if norm := self.writers.get(name):
+                    self.block.get_submodule(norm).register_forward_pre_hook(partial(self.keep_before, linear))
+                    hooks.callback(block.get_submodule(norm).register_forward_pre_hook(partial(self.note, linear)).remove)
+            try:
+                yield
+            finally:
+                del self.block, self.reads, self.before, self.here
 
     def keep(self, linear, twin, args):
         read = twin.smoothed(args[0])
         self.reads[linear].append(read if linear in self.at_once else self.place.put(read))
+
+    def keep_before(self, linear, norm, args):
+        self.before[linear].append(args[0] if linear in self.at_once else self.place.put(args[0]))
+
+    def note(self, linear, norm, args):
+        self.here[linear] = args[0]
 
     def run(self, k, name, at_once):
         """Run batch k through the unquantized block, once.  at_once: the linears whose inputs are needed now; those of others are kept."""
@@ -126,5 +142,15 @@ class Stream(Sequences):
             self[k] = super().run(self.block, k, name)
 
     def target(self, linear, x):
-        """What to fit a linear to that reads x (B, T, C) in the quantized model, float32.  Called once per batch, in order."""
-        return torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)
+        """What to fit a linear to that reads x (B, T, C) in the quantized model, float32: what it should be applied to, (B, T, C).
+
+        Of a writer also what it should add to that, what the stream has lost (B, T, R), and how much each token counts (B, T): 1 / its
+        mean square in the stream, as the next norm divides by the root of that; the mean of a sequence is 1.  Called once per batch, in order.
+        """
+        target = torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)
+        if linear not in self.before:
+            return (target,)
+        before = self.before[linear].pop(0).to(x.device, torch.float32).view(*x.shape[:-1], -1)
+        lost = (before - self.here[linear].float().view_as(before)) / self.scale
+        weight = 1 / before.square().mean(-1).clamp(min=TINY)
+        return target, lost, weight / weight.mean(-1, keepdim=True)

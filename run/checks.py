@@ -111,7 +111,7 @@ def check_target(flag, folder):
 def check_space(run, subject, decoder):
     """Raises UsageError if the disk has too little room for what a run writes, by an estimate."""
     size, recipe = packed_bytes(decoder, subject.recipe), subject.recipe
-    tokens, streams = recipe.nsamples * recipe.seqlen, 2 if recipe.target == "stream" else 1
+    tokens, streams = recipe.nsamples * recipe.seqlen, 1 if recipe.target == "layer" else 2
     sequences = streams * tokens * decoder.config.hidden_size * decoder.dtype.itemsize  # which --checkpoint_dir keeps as well
     needed = {}
     for flag, folder in folders(run).items():

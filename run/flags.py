@@ -213,7 +213,8 @@ def add_solver_flags(group):
         "--target",
         choices=TARGETS,
         default="layer",
-        help="fit outputs to those of a layer's own input (default), or to the unquantized model's too, which runs beside: stream",
+        help="fit outputs to those of a layer's own input (default), or to the unquantized model's too, which runs beside (stream), and let"
+        " what is added to the residual stream give back what that has lost (residual)",
     )
     group.add_argument(
         "--target_mix", type=float, default=0.5, metavar="BETA", help="share of the unquantized model in the target, 0 to 1 (default 0.5)"

@@ -6,10 +6,11 @@ from pkgutil import resolve_name
 
 import torch
 
+from families import FAMILIES
 from modelutils import sequences_place
 from processes import ALONE
 from quant import Batch, Grid, Means, fake_quant_act, from_int, replace_linears
-from recipe import METHODS
+from recipe import METHODS, UsageError
 from rotate import Rotated
 from run.calibrate import FirstSequences, Stream, observe, repeated
 from run.guide import token_weights
@@ -17,6 +18,7 @@ from runtime import Clock
 from smoothquant import AbsMax, fold_group, search_scale, smooth_scale
 
 SEARCHED = 8  # sequences that a search for alpha looks at
+KEPT = {"layer": 1, "stream": 8, "residual": 10}  # hidden states kept of each token, and what takes as much
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ class BlockQuantizer:
         for g, seen in stats.items() if recipe.guided else ():
             seen.weights = self.sequences.weights[g.linears[0]]
         means = {g: Means(self.width(g), recipe, device) for g in biased}
+        for g in step if recipe.target == "residual" else ():
+            if g.linears[0] in stream.writers:
+                rows = len(self.first(g).weight)
+                stats[g].R = torch.zeros(rows, self.width(g), dtype=torch.float64, device=device)
+                if g in means:
+                    means[g].lost = torch.zeros(rows, dtype=torch.float64, device=device)
         observers = {self.first(g): [kind[g] for kind in (sample, stats, means) if g in kind] for g in step}
         observe(self.block, self.sequences, self.name, observers, stream, rest=len(step) == len(self.groups))
         for kind in (sample, stats, means):
@@ -214,6 +222,7 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     """
     if recipe.rotate != isinstance(decoder.source, Rotated):
         raise ValueError("a recipe with rotate is of a decoder that rotate.rotated(decoder, recipe.seed) gave, and only that")
+    check_target(decoder.config, recipe.target)
     world = store.world
     place = place or calibration_place(decoder, ids, recipe, torch.device("cpu"))
     clock = clock or Clock(place.device)
@@ -230,7 +239,7 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
             guidance = token_weights(decoder, torch.cat([ids[:0], *batches]), place.device, world, store.finished)
     with clock("capture"):
         sequences = decoder.embed(batches, place)
-    streams = [sequences, Stream(sequences, recipe.target_mix)] if recipe.target == "stream" else [sequences]
+    streams = [sequences, *beside(sequences, decoder, recipe)]
     if store.finished:
         store.restore_inputs(streams)
     for i, block in decoder.visits(place.device, f"quantizing ({recipe.method})", store.finished):
@@ -242,7 +251,24 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
         yield layers
 
 
+def check_target(config, target):
+    """Raises UsageError for a target that a model does not have."""
+    reason = FAMILIES[config.model_type].residual.obstacle(config)
+    if target == "residual" and reason:
+        raise UsageError(f"--target residual: {reason}, so a layer cannot give back what the stream has lost; give --target stream")
+
+
+def beside(sequences, decoder, recipe):
+    """The Stream that runs beside the sequences, if the recipe has one."""
+    if recipe.target == "layer":
+        return []
+    config = decoder.config
+    scale = getattr(config, "residual_multiplier", 1)
+    mix, writers = (recipe.target_mix, {}) if recipe.target == "stream" else (1, decoder.family.residual.read_before(config))
+    return [Stream(sequences, mix, writers, scale)]
+
+
 def calibration_place(decoder, ids, recipe, device, world=ALONE):
     """A Place with room for what is kept of the calibration sequences: hidden states, and with a Stream the inputs of its linears."""
     tokens = ids.numel() // world.size
-    return sequences_place(decoder.config, decoder.dtype, tokens, device, streams=8 if recipe.target == "stream" else 1)
+    return sequences_place(decoder.config, decoder.dtype, tokens, device, streams=KEPT[recipe.target])

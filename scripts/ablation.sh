@@ -40,6 +40,7 @@ guided           --preset plus --guided
 beam             --preset plus --beam 8
 layer            --preset plus --target layer
 stream-only      --preset plus --target_mix 1
+residual         --preset plus --target residual
 no-bias          --preset plus --no-bias_correction
 tuned            --preset plus --tune_steps 32
 "

@@ -27,9 +27,10 @@ gptq         --method gptq --act_quant
 plus         --method awrq --preset plus
 plus-guided  --method awrq --preset plus --guided
 plus-beam    --method awrq --preset plus --beam 8
+plus-residual --method awrq --preset plus --target residual
 plus-tuned   --method awrq --preset plus --tune_steps 64
 plus-guided-tuned --method awrq --preset plus --guided --tune_steps 64
-plus-guided-beam-tuned --method awrq --preset plus --guided --beam 8 --tune_steps 64
+plus-residual-guided-beam-tuned --method awrq --preset plus --target residual --guided --beam 8 --tune_steps 64
 serve        --method awrq --preset serve
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}

@@ -126,6 +126,7 @@ CASES = {  # (family and variant, settings of the recipe, processes)
     "groups": (LLAMA, {"method": "awrq", "groupsize": 16, "wbits": 3, "act_bits": 8}, 2),
     "guided": (OPT, {"method": "awrq", "guided": True} | A, 3),
     "rotated": (OPT, {"method": "awrq", "rotate": True} | A, 2),
+    "giving back": (OPT, {"method": "awrq", "target": "residual", "true_sequential": True, "bias_correction": True} | A, 3),
     "plus": (LLAMA, {"method": "awrq"} | A | PLUS, 2),
     "plus of OPT": (OPT, {"method": "awrq"} | A | PLUS, 3),
     "tuned": (LLAMA, {"method": "awrq", "tune_steps": 3} | A, 3),

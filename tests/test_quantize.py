@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import CPU, FIRST_VARIANTS, TINY, VARIANTS, FinishedBlocks, decoder_blocks, quantize, tiny_model, token_ids
 from torch import nn
 
+from awrq import FIT_DAMP
 from evaluation.perplexity import perplexity
 from formats.checkpoint import Store
 from modelutils import decoder_of
@@ -21,6 +22,7 @@ from run.quantize import quantize_blocks
 IDS = token_ids(5, 48)
 ROUNDING = [name for name, method in METHODS.items() if method.weights]
 LEARNING = [name for name, method in METHODS.items() if method.stats]
+WRITERS = {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"}  # linears that add to the stream which a norm reads
 QUANTIZING = [name for name, method in METHODS.items() if method.weights or True in method.acts]
 
 
@@ -37,6 +39,8 @@ def recipes():
         if method.stats:
             yield replace(base, true_sequential=True)
             yield replace(base, target="stream", target_mix=0.7, bias_correction=True)
+            yield replace(base, target="residual", bias_correction=True)
+            yield replace(base, target="residual", true_sequential=True, act_bits=16)
             # Activations are not rounded here: with these options together a tie of the first block changes half of the codes after it.
             yield replace(base, target="stream", target_mix=1.0, grid="reformulated", smooth=smooth, true_sequential=True, act_bits=16)
         elif method.weights:
@@ -57,7 +61,7 @@ BY_HAND += [(OTHERS[-1], FEW[1 + (len(OTHERS) - 1) % 2])]  # a family of one var
 
 def describe(recipe):
     options = [name for name in ("smooth", "act_pertoken", "true_sequential", "bias_correction") if getattr(recipe, name)]
-    options += [value for value in (recipe.target, recipe.grid) if value in ("stream", "reformulated")]
+    options += [value for value in (recipe.target, recipe.grid) if value in ("stream", "residual", "reformulated")]
     return "-".join([recipe.method, f"W{recipe.wbits}A{recipe.act_bits}", *options])
 
 
@@ -96,9 +100,9 @@ class ByHand(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def round_by_hand(recipe, W, X, Xq, T):
-    """Codes, scale, zero of W (R, C); X, Xq, T (N, C): inputs, quantized, and those of the target.  A method that rounds weights needs its
-    obvious computation here."""
+def round_by_hand(recipe, W, X, Xq, T, lost):
+    """Codes, scale, zero of W (R, C); X, Xq, T (N, C): inputs, quantized, and those of the target; lost (N, R): what it is to give besides.
+    A method that rounds weights needs its obvious computation here."""
     grid = reference.grids(W, recipe.wbits, -1)
     if recipe.method in ("rtn", "smoothquant"):
         return reference.codes(W, *grid, recipe.wbits), *grid
@@ -108,7 +112,8 @@ def round_by_hand(recipe, W, X, Xq, T):
     H.diagonal()[dead] = 1
     alive = W.masked_fill(dead, 0)
     U = reference.inverse_factor(H, recipe.percdamp)
-    target = alive + alive @ M @ torch.linalg.inv(reference.damped(H, recipe.percdamp))
+    damp = FIT_DAMP if recipe.target == "residual" else recipe.percdamp
+    target = alive + (alive @ M + lost.T @ seen) @ torch.linalg.inv(reference.damped(H, damp))
     if recipe.grid == "reformulated":
         return reference.block_loop(target, U, recipe.wbits)
     return reference.block_loop(target, U, recipe.wbits, first=alive, grid_of=W)
@@ -150,7 +155,9 @@ def by_hand(model, ids, recipe, codes_to_use=None):
 
     for i, block in enumerate(decoder_blocks(model)):
         names = [name for group in groups for name in group]
-        seen, aim, s = watch(model, i, names), watch(full, i, names), {}
+        writers = {name: norm for name, norm in WRITERS.items() if name in names and recipe.target == "residual"}
+        watched = [*names, *writers.values()]
+        seen, aim, s = watch(model, i, watched), watch(full, i, watched), {}
         for group in groups:
             act = torch.stack([x.abs().amax(0) for x in seen[group[0]]]).amax(0)
             weight = torch.stack([block.get_submodule(n).weight.abs().amax(0) for n in group]).amax(0)
@@ -161,22 +168,30 @@ def by_hand(model, ids, recipe, codes_to_use=None):
                     first = h // (n_heads // n_kv) * (n_heads // n_kv)
                     heads[h] = heads[first : first + n_heads // n_kv].max(0).values
         for step in [[group] for group in groups] if recipe.true_sequential else [groups]:
-            seen, made = watch(model, i, names) if recipe.true_sequential else seen, {}
+            seen, made = watch(model, i, watched) if recipe.true_sequential else seen, {}
             for group in step:
                 for name in group:
                     linear = block.get_submodule(name)
                     W, X, T = linear.weight * s[group], [x / s[group] for x in seen[name]], [x / s[group] for x in aim[name]]
                     made[name] = ByHand(W, linear.bias, s[group], recipe)
                     Xq = [made[name].rounded(x) for x in X]
-                    mix = recipe.target_mix if recipe.target == "stream" else 0
+                    mix = {"layer": 0, "stream": recipe.target_mix, "residual": 1}[recipe.target]
                     T = [mix * t + (1 - mix) * x for t, x in zip(T, X, strict=True)]
+                    parts, lost = [X, Xq, T], [x.new_zeros(len(x), len(W)) for x in X]
+                    if name in writers:
+                        stream, ours = aim[writers[name]], seen[writers[name]]
+                        lost = [h - x for h, x in zip(stream, ours, strict=True)]
+                        counts = [1 / h.square().mean(1, keepdim=True) for h in stream]
+                        parts = [[x * (w / w.mean()).sqrt() for x, w in zip(p, counts, strict=True)] for p in (*parts, lost)]
+                    else:
+                        parts.append(lost)
                     if METHODS[recipe.method].weights:
-                        codes[i, name], scale, zero = round_by_hand(recipe, W, *map(torch.cat, (X, Xq, T)))
+                        codes[i, name], scale, zero = round_by_hand(recipe, W, *map(torch.cat, parts))
                         q = codes_to_use[i, name][0].double() if codes_to_use else codes[i, name]
                         made[name].W = reference.weight(q, scale, zero)
                     shift = 0
                     if recipe.bias_correction and linear.bias is not None:
-                        shift = torch.cat(T).mean(0) @ W.T - torch.cat(Xq).mean(0) @ made[name].W.T
+                        shift = torch.cat(T).mean(0) @ W.T + torch.cat(lost).mean(0) - torch.cat(Xq).mean(0) @ made[name].W.T
                         made[name].bias = nn.Parameter(linear.bias + shift)
                     out = of_rows(s[absorb[name]], len(W)) if name in absorb else 1
                     y, yq = X[0] @ W.T / out, (Xq[0] @ made[name].W.T + shift) / out
