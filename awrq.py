@@ -19,7 +19,7 @@ class Moments(gptq.Hessian):
     """H = sum of xq^T xq and M = sum of (t - xq)^T xq over all tokens seen, (C, C), each sequence quantized as at run time.
 
     The target t is the layer's own input x, unless another is given; then the layer also compensates for errors before it.
-    R = sum of lost^T xq, (R, C), of a layer that adds to the residual stream and is to give back what the stream has lost before; else None.
+    R = sum of lost^T xq, (R, C), of a layer that is to give back what the residual stream has lost before it; else None.
     """
 
     def __init__(self, columns, recipe, device):
@@ -27,14 +27,18 @@ class Moments(gptq.Hessian):
         self.M, self.R = torch.zeros_like(self.H), None
         self.acts = recipe.acts
 
+    def give_back(self, rows):
+        """Be told what the stream has lost, (B, T, rows), in every `add`."""
+        self.R = torch.zeros(rows, len(self.H), dtype=torch.float64, device=self.H.device)
+
     def add(self, x, target=None, lost=None, weight=None):
         """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x), plus lost (B, T, R), if there is an R.
 
-        weight (B, T): how much tokens count, if there are no other weights.
+        weight (B, T): how much its tokens count, where `weights` does not say it.
         """
         target = x if target is None else target
         bits, per_token, _ = self.acts
-        if x.is_cuda and bits <= 8 and not per_token and self.weights is None and self.R is None:
+        if x.is_cuda and bits <= 8 and not per_token and self.weights is None and weight is None:
             self.add_codes(x, target)
             return
         xq = fake_quant_act(x, *self.acts)
@@ -42,8 +46,8 @@ class Moments(gptq.Hessian):
         for t, q, *e in zip(*(self.weighted(part, weight) for part in parts), strict=True):
             gptq.add_product(self.H, q, q)
             gptq.add_product(self.M, t.float() - q.float(), q.float())  # the difference first: that of two products would cancel
-            for lost in e:
-                gptq.add_product(self.R, lost, q)
+            if e:
+                gptq.add_product(self.R, *e, q)
         self.sequences += len(x)
 
     def add_codes(self, x, target):
@@ -86,12 +90,13 @@ class Drift(Moments):
         super().__init__(columns, replace(recipe, act_bits=16), device)
 
 
-def reformulate(W, M, U, R=0):
-    """W* = W + (W M + R) H^-1: the real-valued weight that best undoes activation rounding, and what else M and R ask for.
+def reformulate(W, M, U, R=None):
+    """W* = W + W M H^-1: the real-valued weight that best undoes activation rounding.  W (R, C), M (C, C), U upper (C, C), U^T U = H^-1.
 
-    W, R (R, C), M (C, C), U upper (C, C), U^T U = H^-1.
+    R (R, C): then + R H^-1, what the layer gives besides.
     """
-    return W + torch.linalg.multi_dot((W @ M + R, U.T, U))
+    star = W + torch.linalg.multi_dot((W, M, U.T, U))
+    return star if R is None else star + torch.linalg.multi_dot((R, U.T, U))
 
 
 def quantize(W, stats, recipe, name):
@@ -100,6 +105,6 @@ def quantize(W, stats, recipe, name):
     def target(W, U):
         if recipe.target == "residual":  # what went wrong before depends on a layer's inputs little, and mostly on the sequences at hand
             U = gptq.inverse_factor(stats.H, FIT_DAMP, name)
-        return reformulate(W, stats.M, U, 0 if stats.R is None else stats.R)
+        return reformulate(W, stats.M, U, stats.R)
 
     return gptq.quantize(W, stats, recipe, name, target)

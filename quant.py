@@ -109,17 +109,28 @@ class Means:
 
     def __init__(self, columns, recipe, device):
         self.target, self.seen = torch.zeros(2, columns, dtype=torch.float64, device=device)
-        self.lost = None  # (R,), if the linear is to give more than the unrounded weight does
+        self.lost = None  # (R,), if the linear is to give more than the unrounded weight does; see run.calibrate.Stream
         self.tokens, self.acts = 0, recipe.acts
 
-    def add(self, x, target=None, lost=None, *_):
-        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x; lost (B, T, R): what comes on top of that."""
-        xq = fake_quant_act(x, *self.acts)
-        self.target += (x if target is None else target).flatten(0, -2).sum(0, dtype=torch.float64)
-        self.seen += xq.flatten(0, -2).sum(0, dtype=torch.float64)
-        self.tokens += xq.flatten(0, -2).shape[0]
-        if self.lost is not None:
-            self.lost += lost.flatten(0, -2).sum(0, dtype=torch.float64)
+    def give_back(self, rows):
+        """Be told what the stream has lost, (B, T, rows), in every `add`."""
+        self.lost = torch.zeros(rows, dtype=torch.float64, device=self.seen.device)
+
+    def add(self, x, target=None, lost=None, weight=None):
+        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x; lost (B, T, R): what comes on top of that.
+
+        weight (B, T): how much tokens count (default: alike).
+        """
+        weight = torch.ones(x.shape[:-1], device=x.device) if weight is None else weight
+
+        def total(x):
+            return weight.flatten().double() @ x.flatten(0, -2).double()
+
+        self.target += total(x if target is None else target)
+        self.seen += total(fake_quant_act(x, *self.acts))
+        self.tokens += weight.sum(dtype=torch.float64).item()
+        if lost is not None:
+            self.lost += total(lost)
 
     def reduce(self, world, owner):
         """Add up what the processes of a processes.World have seen, at the owner."""

@@ -100,8 +100,8 @@ class Recipe:
     actorder: bool = False
     true_sequential: bool = False
     guided: bool = False  # tokens count by how much the loss depends on what a layer gives for them: see run/guide.py
-    # What a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well; or of the latter alone, and
-    # what the residual stream has lost before besides, if the layer adds to it.
+    # What a layer's output is fitted to: that of its own input, or of its input in the unquantized model as well; or of the latter alone,
+    # and what the residual stream has lost before, where the layer adds to that.
     target: str = "layer"
     target_mix: float = 0.5  # share of the unquantized model with "stream"
     bias_correction: bool = False
@@ -134,6 +134,7 @@ class Recipe:
             ("grid", self.grid in GRIDS, " or ".join(GRIDS)),
             ("clip", self.clip in CLIPS, ", ".join(CLIPS)),
             ("target", self.target in TARGETS, " or ".join(TARGETS)),
+            ("target", self.target != "residual" or self.true_sequential, "layer or stream without --true-sequential"),
             ("target_mix", 0 <= self.target_mix <= 1, "between 0, the layer's own input, and 1, the unquantized model's"),
             ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
             ("min", 0 < self.min < float("inf"), "positive"),

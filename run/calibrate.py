@@ -98,14 +98,17 @@ def repeated(block, part, sequences):
 class Stream(Sequences):
     """The calibration sequences in the unquantized model, which runs block by block beside the quantized one.
 
-    mix: its share in the targets.  writers: {linear: norm}, by name, those that add to the residual stream and are to give back what it has
-    lost, with the module that reads the stream before they do.  scale: what their outputs are multiplied by.
-    The device holds one unquantized block, and what its linears read for one batch.
+    mix: its share in the targets.  The device holds one unquantized block, and what its linears read for one batch.
+
+    residual: the families.Residual whose writers are to give back what the quantized stream has lost (None: they are not).
     """
 
-    def __init__(self, sequences, mix, writers, scale):
+    def __init__(self, sequences, mix, config, residual=None):
         super().__init__(sequences.place)
-        self.x, self.arguments, self.mix, self.writers, self.scale = list(sequences.x), sequences.arguments, mix, writers, scale
+        self.x, self.arguments, self.mix = list(sequences.x), sequences.arguments, mix
+        self.writers = residual.read_before(config) if residual else {}
+        self.centered = bool(residual and residual.centered)
+        self.scale = getattr(config, "residual_multiplier", 1)  # Granite's, of what is added to the stream
 
     @contextmanager
     def inside(self, block, linears):
@@ -113,7 +116,8 @@ class Stream(Sequences):
         self.block, self.done = deepcopy(block), 0
         self.reads = {linear: [] for linear in linears.values()}
         self.before = {linears[name]: [] for name in self.writers}  # the unquantized stream that each adds to, batch by batch
-        self.here = {}  # the same of the quantized model, of the current batch
+        self.counts = {linears[name]: [] for name in self.writers}  # how much tokens count in its statistics
+        self.states, self.here = [], {}  # of the current batch: `before` of all writers; the same of the quantized model
         with ExitStack() as hooks:
             for name, linear in linears.items():
                 self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
@@ -123,7 +127,7 @@ class Stream(Sequences):
             try:
                 yield
             finally:
-                del self.block, self.reads, self.before, self.here
+                del self.block, self.reads, self.before, self.counts, self.states, self.here
 
     def keep(self, linear, twin, args):
         read = twin.smoothed(args[0])
@@ -131,6 +135,7 @@ class Stream(Sequences):
 
     def keep_before(self, linear, norm, args):
         self.before[linear].append(args[0] if linear in self.at_once else self.place.put(args[0]))
+        self.states.append(args[0])
 
     def note(self, linear, norm, args):
         self.here[linear] = args[0]
@@ -139,18 +144,29 @@ class Stream(Sequences):
         """Run batch k through the unquantized block, once.  at_once: the linears whose inputs are needed now; those of others are kept."""
         if k == self.done:
             self.at_once, self.done = at_once, k + 1
-            self[k] = super().run(self.block, k, name)
+            self.states = []
+            out = self[k] = super().run(self.block, k, name)
+            for linear, after in zip(self.before, [*self.states, out][1:], strict=True):
+                self.counts[linear].append(self.count(after.view_as(out)))
+
+    def count(self, after):
+        """How much tokens count in the statistics of a writer, (B, T), by the stream (B, T, D) after what it adds: at most 1.
+
+        The next norm divides by the size of that, and so what is wrong at a massive token.  A token below the median of its sequence counts
+        as if it had that, or a token of zeros would decide all.
+        """
+        size = after.float().var(-1, correction=0) if self.centered else after.float().square().mean(-1)
+        typical = size.clamp(min=TINY).median(-1, keepdim=True).values
+        return typical / torch.maximum(size, typical)
 
     def target(self, linear, x):
         """What to fit a linear to that reads x (B, T, C) in the quantized model, float32: what it should be applied to, (B, T, C).
 
-        Of a writer also what it should add to that, what the stream has lost (B, T, R), and how much each token counts (B, T): 1 / its
-        mean square in the stream, as the next norm divides by the root of that; the mean of a sequence is 1.  Called once per batch, in order.
+        Of a writer also what it should give besides, as the stream has lost it, (B, T, R), and how much tokens count, (B, T).
+        Called once per batch, in order.
         """
-        target = torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device, torch.float32), self.mix)
+        target = torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device).float(), self.mix)
         if linear not in self.before:
             return (target,)
-        before = self.before[linear].pop(0).to(x.device, torch.float32).view(*x.shape[:-1], -1)
-        lost = (before - self.here[linear].float().view_as(before)) / self.scale
-        weight = 1 / before.square().mean(-1).clamp(min=TINY)
-        return target, lost, weight / weight.mean(-1, keepdim=True)
+        before = self.before[linear].pop(0).to(x.device).float().view(*x.shape[:-1], -1)
+        return target, (before - self.here[linear].view_as(before)) / self.scale, self.counts[linear].pop(0)

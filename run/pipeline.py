@@ -25,7 +25,7 @@ from recipe import METHODS, Recipe, UsageError
 from rotate import check_rotation, rotated, untying
 from run.checks import check_lengths, check_same, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
 from run.publish import results_text
-from run.quantize import calibration_place, check_target, quantize_blocks
+from run.quantize import calibration_place, check_gives_back, quantize_blocks
 from run.report import Record, show
 from run.tune import check_room, tune
 from runtime import Clock, commit, find_device, map_large_tensors, release
@@ -127,7 +127,7 @@ def to_quantize(run):
     recipe = with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
     if recipe.rotate:
         check_rotation(config)
-    check_target(config, recipe.target)
+    check_gives_back(config, recipe.target)
     return Subject(run.model, config, recipe, load_tokenizer(run.model))
 
 

@@ -124,12 +124,10 @@ class BlockQuantizer:
         for g, seen in stats.items() if recipe.guided else ():
             seen.weights = self.sequences.weights[g.linears[0]]
         means = {g: Means(self.width(g), recipe, device) for g in biased}
-        for g in step if recipe.target == "residual" else ():
+        for g in step if stream else ():
             if g.linears[0] in stream.writers:
-                rows = len(self.first(g).weight)
-                stats[g].R = torch.zeros(rows, self.width(g), dtype=torch.float64, device=device)
-                if g in means:
-                    means[g].lost = torch.zeros(rows, dtype=torch.float64, device=device)
+                for seen in (kind[g] for kind in (stats, means) if hasattr(kind.get(g), "give_back")):
+                    seen.give_back(len(self.first(g).weight))
         observers = {self.first(g): [kind[g] for kind in (sample, stats, means) if g in kind] for g in step}
         observe(self.block, self.sequences, self.name, observers, stream, rest=len(step) == len(self.groups))
         for kind in (sample, stats, means):
@@ -222,7 +220,7 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     """
     if recipe.rotate != isinstance(decoder.source, Rotated):
         raise ValueError("a recipe with rotate is of a decoder that rotate.rotated(decoder, recipe.seed) gave, and only that")
-    check_target(decoder.config, recipe.target)
+    check_gives_back(decoder.config, recipe.target)
     world = store.world
     place = place or calibration_place(decoder, ids, recipe, torch.device("cpu"))
     clock = clock or Clock(place.device)
@@ -251,8 +249,8 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
         yield layers
 
 
-def check_target(config, target):
-    """Raises UsageError for a target that a model does not have."""
+def check_gives_back(config, target):
+    """Raises UsageError for --target residual where what a block adds does not go to the stream as it is."""
     reason = FAMILIES[config.model_type].residual.obstacle(config)
     if target == "residual" and reason:
         raise UsageError(f"--target residual: {reason}, so a layer cannot give back what the stream has lost; give --target stream")
@@ -262,10 +260,9 @@ def beside(sequences, decoder, recipe):
     """The Stream that runs beside the sequences, if the recipe has one."""
     if recipe.target == "layer":
         return []
-    config = decoder.config
-    scale = getattr(config, "residual_multiplier", 1)
-    mix, writers = (recipe.target_mix, {}) if recipe.target == "stream" else (1, decoder.family.residual.read_before(config))
-    return [Stream(sequences, mix, writers, scale)]
+    if recipe.target == "stream":
+        return [Stream(sequences, recipe.target_mix, decoder.config)]
+    return [Stream(sequences, 1, decoder.config, decoder.family.residual)]
 
 
 def calibration_place(decoder, ids, recipe, device, world=ALONE):

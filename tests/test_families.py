@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONTEXT, CPU, TINY, WORDS, decoder_blocks, quantize, token_ids
+from conftest import CONTEXT, CPU, TINY, WORDS, FinishedBlocks, decoder_blocks, quantize, token_ids
 from safetensors.torch import load_file, save_file
 from test_checkpoint import saved
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +17,8 @@ from formats.whole import load
 from modelutils import check_family, decoder_of, open_decoder
 from quant import Batch, DeferredNorm, GatedMLP, replace_linears, rtn, use_integers
 from recipe import PRESETS, Recipe, UsageError
+from run.calibrate import observe
+from run.quantize import beside, quantize_blocks
 from runtime import Place
 
 SIZES = {  # of a family that conftest has no row for
@@ -289,3 +292,43 @@ def test_a_group_without_a_producer_is_never_folded():
     for family, row in FAMILIES.items():
         for group in row.groups:
             assert group.producer or group.exact is never, family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "variant"), CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x) or "plain")
+@torch.no_grad()
+def test_what_a_layer_is_to_give_back_is_what_the_stream_has_lost(family, variant):
+    """With what the last layer of a block should give, in place of what it gives, the block would put out what it does in the original."""
+    decoder, ids = decoder_of(AutoModelForCausalLM.from_config(tiny_config(family, variant)).eval()), token_ids(4, 16)
+    config, groups, residual = decoder.config, decoder.family.groups, decoder.family.residual
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, target="residual", true_sequential=True)
+    if reason := residual.obstacle(config):
+        with pytest.raises(UsageError, match=f"--target residual: {reason}.*--target stream"):
+            next(quantize_blocks(decoder, ids, recipe, FinishedBlocks(decoder, recipe)))
+        return
+    scale, side_by_side = getattr(config, "residual_multiplier", 1), getattr(config, "use_parallel_residual", False)
+    sequences = decoder.embed(ids.split(2), Place(CPU, "device"))
+    (stream,) = beside(sequences, decoder, recipe)
+    assert list(stream.writers) == list(residual.writers[:1] if side_by_side else residual.writers)
+    before = list(sequences.x)
+    sequences.x = [x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(k)) for k, x in enumerate(before)]
+    _, block = next(decoder.visits(CPU, ""))
+    linears = replace_linears(block, decoder.linears, Batch())
+    firsts, seen = {g.linears[0]: linears[g.linears[0]] for g in groups}, {}
+    for name in firsts:
+        seen[name] = SimpleNamespace(add=lambda *args, name=name: given.setdefault(name, []).append(args))
+    given = {}
+    with stream.inside(block, firsts):
+        observe(block, sequences, "block 0", {linear: (seen[name],) for name, linear in firsts.items()}, stream)
+    for k in range(len(sequences)):
+        assert all(len(of[k]) == (4 if name in stream.writers else 2) for name, of in given.items())
+        _, _, lost, _ = given[residual.writers[0]][k]
+        torch.testing.assert_close(lost * scale, before[k] - sequences[k], rtol=1e-4, atol=1e-5)
+        *_, weight = given[list(stream.writers)[-1]][k]
+        size = stream[k].var(-1, correction=0) if residual.centered else stream[k].square().mean(-1)
+        typical = size.median(1, keepdim=True).values
+        torch.testing.assert_close(weight, torch.where(size < typical, 1, typical / size))
+        if not side_by_side:
+            x, target, lost, _ = given[residual.writers[1]][k]
+            missing = scale * (lost + (target - x) @ linears[residual.writers[1]].weight.T)
+            torch.testing.assert_close(missing, stream[k] - sequences.run(block, k, "block 0"), rtol=1e-3, atol=1e-4)

@@ -363,6 +363,8 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         ((*AWRQ, "--clip", "some"), ["--clip", "some", "hessian"]),
         ((*AWRQ, "--grid", "any"), ["--grid", "any", "reformulated"]),
         ((*AWRQ, "--target", "moon"), ["--target", "moon", "stream"]),
+        ((*AWRQ, "--target", "residual"), ["--target residual", "--true-sequential"]),
+        ((*AWRQ, "--target", "residual", "--true-sequential", "--target_mix", "0.5"), ["--target_mix 0.5", "--target stream"]),
         ((*STREAM, "--target_mix", "1.5"), ["--target_mix 1.5", "between 0"]),
         ((*AWRQ, "--target_mix", "0.3"), ["--target_mix 0.3", "--target stream"]),
         ((*AWRQ, "--preset", "best"), ["--preset", "best", "plus"]),
@@ -405,8 +407,10 @@ def test_a_bad_setting(refused, arguments, parts):
     refused(parts, *arguments)
 
 
-def test_a_model_that_cannot_be_rotated(refused, tmp_path):
-    refused(["--rotate", "residual sum"], *AWRQ, "--rotate", model=save_model(tmp_path / "model", tiny_model("opt", "post-norm")))
+@pytest.mark.parametrize(("flags", "parts"), [("--rotate", []), ("--target residual --true-sequential", ["--target stream"])])
+def test_a_model_whose_blocks_do_not_add_to_the_stream_as_it_is(refused, flags, parts, tmp_path):
+    model = save_model(tmp_path / "model", tiny_model("opt", "post-norm"))
+    refused([flags.removesuffix(" --true-sequential"), "residual sum", *parts], *AWRQ, *flags.split(), model=model)
 
 
 def test_windows_are_counted_from_the_first(json_of):
