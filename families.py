@@ -30,7 +30,7 @@ class Residual:
     writers: tuple[str, ...]  # linears of a block that add to it, each to what the norm of its place reads; see read_before
     values: tuple[str, str]  # the linear that makes the values, alone or among others, and the one that reads them after attention
     centered: bool = False  # whether the norms subtract the mean
-    obstacle: Callable = lambda config: None  # why a model has another function when it is rotated
+    obstacle: Callable = lambda config: None  # why the stream is not a plain sum that can be rotated, or given back to
 
     def read_before(self, config):
         """{writer: the norm that reads the stream which it adds to}.  Of two that add to the same side by side, the first only."""

@@ -30,7 +30,7 @@ class Method:
 
     weights: the function (W, stats, recipe, name) -> codes, Grid that rounds a weight; stats: the class of the statistics that it needs.
     Both are "module:name", resolved when a block is quantized.  acts, smooth: whether activations are quantized and smoothed.
-    stream: the weights and stats that take their place with --target stream, where others do.
+    stream: the weights and stats that take their place with another target than the layer's own, where others do.
     """
 
     weights: str | None = None
