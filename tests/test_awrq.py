@@ -137,3 +137,19 @@ def test_moments_that_are_not_finite_are_named(value):
     stats.M[3, 4] = value
     with pytest.raises(FloatingPointError, match="block 1 fc2: NaN or Inf"):
         awrq.quantize(W, stats, recipe, "block 1 fc2")
+
+
+def test_what_is_given_back_follows_the_order_of_columns():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 32, 24, generator=generator) * torch.linspace(0.5, 3, 24)
+    target, lost = x + 0.1 * torch.randn(x.shape, generator=generator), torch.randn(4, 32, 7, generator=generator)
+    W, shuffled = torch.randn(7, 24, generator=generator), torch.randperm(24, generator=generator)
+    recipe = Recipe(method="awrq", wbits=4, target="residual", true_sequential=True, actorder=True)
+
+    def codes(order):
+        stats = awrq.Moments(24, recipe, "cpu")
+        stats.give_back(7)
+        stats.add(x[..., order], target[..., order], lost, torch.ones(4, 32))
+        return awrq.quantize(W[:, order], stats, recipe, "")[0]
+
+    assert torch.equal(codes(shuffled), codes(torch.arange(24))[:, shuffled])

@@ -223,8 +223,9 @@ def test_true_sequence_and_smoothing_change_no_function_before_rounding(monkeypa
 
 
 @pytest.mark.slow
-def test_a_run_with_a_stream_goes_on_where_it_was_killed(tmp_path):
-    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, target="stream")
+@pytest.mark.parametrize("target", ["stream", "residual"])
+def test_a_run_with_a_stream_goes_on_where_it_was_killed(target, tmp_path):
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, smooth=True, true_sequential=True, target=target)
     whole, decoder = codes_of(quantize_model(tiny_model(), IDS, recipe)[1]), decoder_of(tiny_model())
 
     def store():
