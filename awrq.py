@@ -2,6 +2,10 @@
 
 At run time a layer sees xq = quant(x) instead of x.  The real-valued weight that best compensates for this is
 W* = W + W M (H + lam I)^-1 with H = xq^T xq and M = (x - xq)^T xq; rounding W* with GPTQ's loop on H is AWRQ.
+
+Beyond the paper, with another --target, W* also makes up for errors of the layers before.  In M, x is then, in part or wholly, what
+the layer reads in the unquantized model (QEP: Arai and Ichikawa, 2025); and layers that add to the residual stream give back what
+that has lost (LoaQ: Lin and Wan, 2025).
 """
 
 from dataclasses import replace

@@ -121,14 +121,14 @@ class Means:
 
         weight (B, T): how much tokens count (default: alike).
         """
-        weight = torch.ones(x.shape[:-1], device=x.device) if weight is None else weight
 
         def total(x):
-            return weight.flatten().double() @ x.flatten(0, -2).double()
+            x = x if weight is None else x.float() * weight[..., None]
+            return x.flatten(0, -2).sum(0, dtype=torch.float64)
 
         self.target += total(x if target is None else target)
         self.seen += total(fake_quant_act(x, *self.acts))
-        self.tokens += weight.sum(dtype=torch.float64).item()
+        self.tokens += x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64).item()
         if lost is not None:
             self.lost += total(lost)
 

@@ -8,8 +8,6 @@ import torch
 
 from modelutils import Sequences
 
-TINY = 1e-12
-
 # ---------------------------------------------------------------------------
 # What is seen
 
@@ -150,13 +148,13 @@ class Stream(Sequences):
                 self.counts[linear].append(self.count(after.view_as(out)))
 
     def count(self, after):
-        """How much tokens count in the statistics of a writer, (B, T), by the stream (B, T, D) after what it adds: at most 1.
+        """How much tokens count in the statistics of a writer: (B, T), at most 1.  after: the stream (B, T, D) with what the writer adds.
 
-        The next norm divides by the size of that, and so what is wrong at a massive token.  A token below the median of its sequence counts
-        as if it had that, or a token of zeros would decide all.
+        The next norm divides a token by its size, and its errors too, so massive tokens count little: the median of the sequence over the
+        size.  Tokens smaller than the median count 1, or a token of zeros would outweigh all others.
         """
         size = after.float().var(-1, correction=0) if self.centered else after.float().square().mean(-1)
-        typical = size.clamp(min=TINY).median(-1, keepdim=True).values
+        typical = size.median(-1, keepdim=True).values.clamp(min=torch.finfo(size.dtype).tiny)
         return typical / torch.maximum(size, typical)
 
     def target(self, linear, x):

@@ -126,8 +126,9 @@ class BlockQuantizer:
         means = {g: Means(self.width(g), recipe, device) for g in biased}
         for g in step if stream else ():
             if g.linears[0] in stream.writers:
-                for seen in (kind[g] for kind in (stats, means) if hasattr(kind.get(g), "give_back")):
-                    seen.give_back(len(self.first(g).weight))
+                for seen in (stats.get(g), means.get(g)):
+                    if hasattr(seen, "give_back"):  # a method of your own need not have it
+                        seen.give_back(len(self.first(g).weight))
         observers = {self.first(g): [kind[g] for kind in (sample, stats, means) if g in kind] for g in step}
         observe(self.block, self.sequences, self.name, observers, stream, rest=len(step) == len(self.groups))
         for kind in (sample, stats, means):
