@@ -90,11 +90,13 @@ def rotated(decoder, seed):
     return Decoder(empty, Rotated(decoder, seed), decoder.stored_dtype)
 
 
-def check_rotation(config):
-    """Raises UsageError for a model whose function a rotation would change."""
-    residual = FAMILIES[config.model_type].residual
-    if reason := residual.obstacle(config):
-        raise UsageError(f"--rotate: {reason}, so it cannot be rotated; give --no-rotate")
+def check_stream(config, rotate=False, target="layer"):
+    """Raises UsageError for --rotate and --target residual where the residual stream is not the plain sum that both rely on."""
+    remedies = {"--rotate": "--no-rotate"} if rotate else {}
+    if target == "residual":
+        remedies["--target residual"] = "--target stream"
+    if remedies and (reason := FAMILIES[config.model_type].residual.obstacle(config)):
+        raise UsageError(f"{' '.join(remedies)}: {reason}; give {' '.join(remedies.values())}")
 
 
 def untying(decoder):
@@ -108,7 +110,7 @@ class Rotated:
 
     def __init__(self, original, seed):
         """Raises UsageError if the function would change."""
-        check_rotation(original.config)
+        check_stream(original.config, rotate=True)
         self.original, self.config, self.residual, self.seed = original, original.config, original.family.residual, seed
         self.offset = original.family.norm_offset
         self.Q = Rotation(self.config.hidden_size, f"{seed} stream", self.residual.centered)

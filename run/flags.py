@@ -146,7 +146,7 @@ def add_method_flags(group):
         "--preset",
         choices=PRESETS,
         default="paper",
-        help="paper: as published (default); plus: what was found best; serve: its best that vLLM runs; single flags override it",
+        help="paper: as published (default); plus: better; serve: plus that vLLM runs; best: plus and slow options; flags override it",
     )
     group.add_argument("--wbits", type=int, default=16, metavar="BITS", help="weight bits, 2 to 8; 16 = not quantized (default)")
     group.add_argument("--act_bits", type=int, default=8, metavar="BITS", help="activation bits, 4 to 8 (default 8); 16 = not quantized")

@@ -22,10 +22,10 @@ from formats.whole import chosen
 from modelutils import check_vocabulary, default_walk_batch, load_config, load_tokenizer, open_decoder
 from processes import ALONE, World
 from recipe import METHODS, Recipe, UsageError
-from rotate import check_rotation, rotated, untying
+from rotate import check_stream, rotated, untying
 from run.checks import check_lengths, check_same, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
 from run.publish import results_text
-from run.quantize import calibration_place, check_gives_back, quantize_blocks
+from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
 from run.tune import check_room, tune
 from runtime import Clock, commit, find_device, map_large_tensors, release
@@ -125,9 +125,7 @@ def to_quantize(run):
         raise UsageError(f"{run.model} is quantized already; give the original, or --load for what --save wrote")
     context = config.max_position_embeddings
     recipe = with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
-    if recipe.rotate:
-        check_rotation(config)
-    check_gives_back(config, recipe.target)
+    check_stream(config, recipe.rotate, recipe.target)
     return Subject(run.model, config, recipe, load_tokenizer(run.model))
 
 

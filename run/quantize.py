@@ -6,12 +6,11 @@ from pkgutil import resolve_name
 
 import torch
 
-from families import FAMILIES
 from modelutils import sequences_place
 from processes import ALONE
 from quant import Batch, Grid, Means, fake_quant_act, from_int, replace_linears
-from recipe import METHODS, UsageError
-from rotate import Rotated
+from recipe import METHODS
+from rotate import Rotated, check_stream
 from run.calibrate import FirstSequences, Stream, observe, repeated
 from run.guide import token_weights
 from runtime import Clock
@@ -221,7 +220,7 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
     """
     if recipe.rotate != isinstance(decoder.source, Rotated):
         raise ValueError("a recipe with rotate is of a decoder that rotate.rotated(decoder, recipe.seed) gave, and only that")
-    check_gives_back(decoder.config, recipe.target)
+    check_stream(decoder.config, target=recipe.target)
     world = store.world
     place = place or calibration_place(decoder, ids, recipe, torch.device("cpu"))
     clock = clock or Clock(place.device)
@@ -248,13 +247,6 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
             store.put(i, made, [asdict(layer) for layer in layers], streams)
         del made, block  # free this block before the next one is read
         yield layers
-
-
-def check_gives_back(config, target):
-    """Raises UsageError for --target residual where what a block adds does not go to the stream as it is."""
-    reason = FAMILIES[config.model_type].residual.obstacle(config)
-    if target == "residual" and reason:
-        raise UsageError(f"--target residual: {reason}, so a layer cannot give back what the stream has lost; give --target stream")
 
 
 def beside(sequences, decoder, recipe):

@@ -25,13 +25,8 @@ awrq         --method awrq
 awrq-smooth  --method awrq --smooth
 gptq         --method gptq --act_quant
 plus         --method awrq --preset plus
-plus-guided  --method awrq --preset plus --guided
-plus-beam    --method awrq --preset plus --beam 8
-plus-residual --method awrq --preset plus --target residual
-plus-tuned   --method awrq --preset plus --tune_steps 64
-plus-guided-tuned --method awrq --preset plus --guided --tune_steps 64
-plus-residual-guided-beam-tuned --method awrq --preset plus --target residual --guided --beam 8 --tune_steps 64
 serve        --method awrq --preset serve
+best         --method awrq --preset best
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
 

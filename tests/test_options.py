@@ -401,6 +401,8 @@ def test_a_preset_sets_what_a_single_option_overrides():
     assert recipe_name(vars(recipe)) == "awrq W4A8, plus"
     served = recipe_of(opt, "--method awrq --wbits 4 --preset serve")
     assert served == replace(recipe, act_sym=True) and recipe_name(vars(served)) == "awrq W4A8, serve"
+    best = recipe_of(opt, "--method awrq --wbits 4 --preset best")
+    assert best == replace(recipe, guided=True, beam=8, tune_steps=64) and recipe_name(vars(best)) == "awrq W4A8, best"
     changed = recipe_of(opt, "--method awrq --wbits 4 --preset plus --clip none --no-actorder")
     assert (changed.clip, changed.actorder) == ("none", False)
     assert recipe_name(vars(changed)) == "awrq W4A8, plus, clip none, no actorder"
@@ -413,7 +415,7 @@ def test_a_preset_sets_what_a_single_option_overrides():
         "--method awrq --wbits 4 --preset plus --no-smooth --no-rotate": "awrq W4A8, plus, no rotate, no smooth",
     }.items():
         assert recipe_name(vars(recipe_of(opt, line))) == name, line
-    assert recipe_name(vars(replace(recipe, rotate=False, actorder=False, true_sequential=False))).startswith(
+    assert recipe_name(vars(replace(recipe, rotate=False, actorder=False, clip="none"))).startswith(
         "awrq W4A8 + smoothing, grid reformulated"
     )
     assert {key: getattr(changed, key) for key in PLUS.keys() - {"clip", "actorder"}} == {
@@ -441,7 +443,7 @@ def test_what_a_method_cannot_use_of_a_preset_it_goes_without(method):
 def test_a_preset_runs_on_every_model(model, preset):
     recipe = Recipe(method="awrq", wbits=4, act_bits=8, **PRESETS[preset])
     if FAMILIES[model.config.model_type].residual.obstacle(model.config):
-        recipe = replace(recipe, rotate=False)
+        recipe = replace(recipe, rotate=False, target="stream")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantized, _, layers = quantize_model(model, IDS, recipe, walk_batch=2)

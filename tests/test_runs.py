@@ -367,7 +367,7 @@ def refused(cli, tiny_opt, corpora, tmp_path, monkeypatch):
         ((*AWRQ, "--target", "residual", "--true-sequential", "--target_mix", "0.5"), ["--target_mix 0.5", "--target stream"]),
         ((*STREAM, "--target_mix", "1.5"), ["--target_mix 1.5", "between 0"]),
         ((*AWRQ, "--target_mix", "0.3"), ["--target_mix 0.3", "--target stream"]),
-        ((*AWRQ, "--preset", "best"), ["--preset", "best", "plus"]),
+        ((*AWRQ, "--preset", "finest"), ["--preset", "finest", "plus"]),
         (("--method", "rtn", "--wbits", "4", "--preset", "plus", "--no-actorder"), ["--no-actorder", "rtn"]),
         ((*AWRQ, "--nsamples", "0"), ["--nsamples 0"]),
         ((*AWRQ, "--tune_steps", "-1"), ["--tune_steps -1"]),

@@ -79,7 +79,7 @@ def test_yaml(tmp_path):
         ("percdamp: 1e-2", ["percdamp is '1e-2'", "1.0e-2"]),
         ("smooth: 1", ["smooth is 1", "true or false"]),
         ("method: magic", ["method magic", "awrq"]),
-        ("preset: best", ["preset best", "plus"]),
+        ("preset: finest", ["preset finest", "plus"]),
         ("- wbits", ["no settings"]),
         ("a: [", ["is not YAML"]),
     ],
