@@ -3,14 +3,17 @@
 import gc
 import weakref
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, VARIANTS, quantize, tiny_model, token_ids
+from conftest import CPU, TINY, VARIANTS, quantize, tiny_model, token_ids
+from test_families import CASES, tiny_config
 
 import awrq
 import gptq
+from bench.family import random_model
 from modelutils import decoder_of
 from quant import fake_quant_act
 from recipe import Recipe
@@ -46,16 +49,30 @@ def of_whole_model(model, decoder, ids=IDS):
     return [{name: w / w.mean() for name, w in of.items()} for of in weights]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
-def test_weights_are_those_of_the_whole_model(variant):
-    decoder = decoder_of(tiny_model(*variant))
-    expected = of_whole_model(tiny_model(*variant), decoder)
+def check_weights(model, same_model):
+    """The weights of a model are those of the gradient of `same_model`, which gets hooks."""
+    decoder = decoder_of(model)
+    expected = of_whole_model(same_model, decoder)
     found = token_weights(decoder, IDS, CPU)
     for here, there in zip(found.values(), expected, strict=True):
         assert here.keys() == there.keys()
         for name, w in here.items():
             torch.testing.assert_close(w, there[name], rtol=1e-3, atol=1e-4, msg=name)
             assert w.std() > 0.05 and (w[:, -1] < w.mean()).all()  # what comes after the last token costs nothing
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_weights_are_those_of_the_whole_model(variant):
+    check_weights(tiny_model(*variant), tiny_model(*variant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "variant"), [case for case in CASES if case[0] not in TINY], ids=lambda x: x if isinstance(x, str) else ",".join(x)
+)
+def test_weights_are_those_of_the_whole_model_in_every_family(family, variant):
+    model = random_model(tiny_config(family, variant)).float()
+    check_weights(model, deepcopy(model))
 
 
 @pytest.mark.slow
