@@ -1,7 +1,7 @@
 """Quantize a LLaMA or one of its relatives block by block and evaluate zero-shot tasks of lm-evaluation-harness.
 
-python main.py meta-llama/Llama-2-7b --tasks piqa,arc_easy,boolq,copa --table_results --method full
-python main.py meta-llama/Llama-2-7b --calib_data c4 --tasks piqa,copa --table_results --wbits 4 --act_bits 8 --method awrq --smooth
+python main.py meta-llama/Llama-2-7b-hf --tasks piqa,arc_easy,boolq,copa --table_results --method full
+python main.py meta-llama/Llama-2-7b-hf --calib_data c4 --tasks piqa,copa --table_results --wbits 4 --act_bits 8 --method awrq --smooth
 python main.py demo/llama --data_dir demo/data --calib_data world --eval world --tasks demo/tasks/world_deed.yaml --wbits 4 --method awrq
 """
 

@@ -6,17 +6,15 @@
 #   python scripts/table.py --ablation out/ablation              the table, printed at the end too, and what the options cost
 #
 # Each run is evaluated on two texts.  `choose` is what --preset plus was chosen by, `report` is what its numbers are reported on; calibration
-# windows, 64 of them, come from a third.  MODELS are demo models and folders; TEXT is the text of the latter, by default of TinyStories.
+# windows, 64 of them, come from a third.  MODELS: the demo's, by default, and folders of others, which need TEXT, a file of stories, one a line.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
 table=ablation table_flags=--ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
 SEEDS=${SEEDS:-0 1 2}
 BITS=${BITS:-w4a8 w3a8 w4a6}
-shared=$(dirname "$root")/shared/data
-MODELS=${MODELS:-$shared/models/stories260k $root/demo/opt $root/demo/llama}
+MODELS=${MODELS:-$root/demo/opt $root/demo/llama}
 MODEL_PREFIX=${MODEL_PREFIX-}
-TEXT=${TEXT:-$shared/tinystories/train.txt}
 
 options="
 paper
@@ -56,7 +54,10 @@ texts() {
 }
 
 data=$results/ablation-text
-texts "$data/stories" "$TEXT" $(($(wc -l < "$TEXT") * 84 / 100)) # leaves twice 64 windows of 512 tokens of TinyStories
+mkdir -p "$data"
+if [[ -n ${TEXT-} ]]; then
+    texts "$data/stories" "$TEXT" $(($(wc -l < "$TEXT") * 84 / 100)) # leaves twice 64 windows of 512 tokens of TinyStories
+fi
 cat "$root/demo/data/world/train.txt" "$root/demo/data/world/test.txt" > "$data/world.txt"
 texts "$data/world" "$data/world.txt" "$(wc -l < "$root/demo/data/world/train.txt")"
 
@@ -65,12 +66,21 @@ about_model() {
     case $model in
         "$root/demo/opt") script=opt.py text=world seqlen=256 tasks='' ;;
         "$root/demo/llama") script=main.py text=world seqlen=256 tasks="--tasks $worlds --limit 100 --batch_size 16 --table_results" ;;
-        *) script=main.py text=stories seqlen=512 tasks='' ;;
+        *)
+            if [[ -z ${TEXT-} ]]; then
+                echo "ablation.sh: $model needs a text: give TEXT=FILE" >&2
+                exit 2
+            fi
+            script=main.py text=stories seqlen=512 tasks=''
+            ;;
     esac
     given="--data_dir $data/$text --seqlen $seqlen $tasks"
 }
 worlds=$root/demo/tasks/world_deed.yaml,$root/demo/tasks/world_why.yaml
 
+for model in $MODELS; do
+    about_model # all of them, before any run
+done
 for model in $MODELS; do
     about_model
     cell full $given --method full

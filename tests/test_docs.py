@@ -29,7 +29,7 @@ NEEDS = {
     r"python main\.py --load DIR": "a saved folder; tests/test_saving.py loads them",
     r"python opt\.py --load models/opt-125m": "the hub: a model saved from it",
     r"python scripts/(real_model|massive|compare_export|compare_llmcompressor)\.py": "a real model, text and minutes",
-    r"bash scripts/(opt|llama|ablation)\.sh|MODELS=|NPROC=|make real": "models, text and hours",
+    r"bash scripts/(opt|llama|ablation)\.sh|MODELS=|CELLS=|NPROC=|make real": "models, text and hours",
     r"torchrun ": "GPUs or minutes; tests/test_processes.py starts it",
     r"python scripts/table\.py out/": "what those wrote",
     r"bash scripts/(gpu_check|speedup)\.sh|python -m bench\.(linears|quantizing|tune|sweep|check|cublaslt)": "a GPU",

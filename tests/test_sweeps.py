@@ -184,6 +184,13 @@ def test_every_cell_of_the_ablation_is_a_command_that_its_script_takes(ablation,
     assert {key: getattr(recipes["stories", "w4a8-plus-0"], key) for key in PRESETS["plus"]} == PRESETS["plus"]
 
 
+def test_the_ablation_needs_a_text_for_other_models_than_the_demos(ablation):
+    done, calls = ablation(TEXT="", SEEDS="0", BITS="w4a8", CELLS="paper")
+    assert done.returncode == 0 and len(calls) == 4, done.stderr
+    done, calls = ablation(TEXT="", MODELS="other")
+    assert done.returncode == 2 and "other needs a text" in done.stderr and not calls
+
+
 def test_the_ablation_reports_on_text_that_it_did_not_choose_by(ablation, tmp_path):
     ablation(MODELS="m", SEEDS="0", BITS="w4a8", CELLS="paper")
     for name, lines in (("stories", 100), ("world", 100)):
