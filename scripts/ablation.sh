@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/cells.sh"
 table=ablation table_flags=--ablation always='--nsamples 64 --calib_data choose --eval choose,report --method awrq'
 SEEDS=${SEEDS:-0 1 2}
 BITS=${BITS:-w4a8 w3a8 w4a6}
-MODELS=${MODELS:-$root/demo/opt $root/demo/llama}
+[[ -n ${MODELS-} ]] || MODEL_PREFIX=$root/ MODELS="demo/opt demo/llama"
 MODEL_PREFIX=${MODEL_PREFIX-}
 
 options="
@@ -63,18 +63,18 @@ texts "$data/world" "$data/world.txt" "$(wc -l < "$root/demo/data/world/train.tx
 
 # Sets what a run on $model needs: the script, its text, the tasks it can be asked.
 about_model() {
-    case $model in
-        "$root/demo/opt") script=opt.py text=world seqlen=256 tasks='' ;;
-        "$root/demo/llama") script=main.py text=world seqlen=256 tasks="--tasks $worlds --limit 100 --batch_size 16 --table_results" ;;
+    case $MODEL_PREFIX$model in
+        "$root/demo/opt") script=opt.py text=world seqlen=256 tasks=() ;;
+        "$root/demo/llama") script=main.py text=world seqlen=256 tasks=(--tasks "$worlds" --limit 100 --batch_size 16 --table_results) ;;
         *)
             if [[ -z ${TEXT-} ]]; then
                 echo "ablation.sh: $model needs a text: give TEXT=FILE" >&2
                 exit 2
             fi
-            script=main.py text=stories seqlen=512 tasks=''
+            script=main.py text=stories seqlen=512 tasks=()
             ;;
     esac
-    given="--data_dir $data/$text --seqlen $seqlen $tasks"
+    given=(--data_dir "$data/$text" --seqlen "$seqlen" ${tasks[@]+"${tasks[@]}"})
 }
 worlds=$root/demo/tasks/world_deed.yaml,$root/demo/tasks/world_why.yaml
 
@@ -83,7 +83,7 @@ for model in $MODELS; do
 done
 for model in $MODELS; do
     about_model
-    cell full $given --method full
+    cell full "${given[@]}" --method full
 done
 for seed in $SEEDS; do
     for bits in $BITS; do
@@ -92,7 +92,7 @@ for seed in $SEEDS; do
             about_model
             while read -r name flags_of; do
                 if [[ " ${CELLS//$'\n'/ } " == *" $name "* && -n $name ]]; then
-                    cell "$bits-$name-$seed" $given --wbits "${w%a*}" --act_bits "$a" --seed "$seed" $flags_of
+                    cell "$bits-$name-$seed" "${given[@]}" --wbits "${w%a*}" --act_bits "$a" --seed "$seed" $flags_of
                 fi
             done <<< "$options"
         done
