@@ -67,6 +67,8 @@ def parse(parser, argv=None):
     untyped = {action.dest: UNSET for action in parser._actions if action.dest != "help"}
     given = vars(parser.parse_args(argv, argparse.Namespace(**untyped)))
     typed = {flag: value for flag, value in given.items() if value is not UNSET and (flag, value) != ("model", None)}
+    if "preset" in typed and "recipe" in typed:
+        raise UsageError(f"--preset {typed['preset']} does not go with --recipe, which says every setting; give one of them")
     settings, model = read_settings(typed["recipe"]) if "recipe" in typed else ({}, None)
     defaults = {flag: parser.get_default(flag) for flag in given}
     preset = PRESETS[typed.get("preset", "paper")]

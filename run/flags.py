@@ -347,9 +347,7 @@ def add_checkpoint_flags(group):
 def add_machine_flags(group):
     group.add_argument("--device", metavar="NAME", help="cuda, cuda:N or cpu (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto = the checkpoint's, but float32 on a CPU (default)")
-    group.add_argument(
-        "--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory)"
-    )
+    group.add_argument("--walk_batch", type=positive, metavar="N", help="sequences run together (default: from the memory)")
     group.add_argument("--output_path", type=path, metavar="FILE", help="write results and their whole protocol to this JSON")
 
 

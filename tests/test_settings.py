@@ -94,6 +94,8 @@ def test_what_is_no_recipe(text, parts, tmp_path):
     for wrong, part in ((tmp_path / "wrong.json", "is not JSON"), (tmp_path / "nowhere", "cannot be read"), (tmp_path, "cannot be read")):
         with pytest.raises(UsageError, match=part):
             run_of("MODEL", "--recipe", wrong)
+    with pytest.raises(UsageError, match="--preset paper does not go with --recipe"):
+        run_of("MODEL", "--recipe", path, "--preset", "paper")
     with pytest.raises(UsageError, match="--recipe does not go with --load"):
         path.write_text("wbits: 4")
         run_of("--load", "x", "--recipe", path)
