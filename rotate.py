@@ -150,14 +150,18 @@ class Rotated:
 
     def rest(self, names):
         """Embedding and positions, final norm and head, in the type that they are stored in, so that what is measured is what is saved."""
-        own, residual, dtype, end = self.original.source, self.residual, self.original.stored_dtype, self._end
-        wanted = set(names) | end if end & set(names) else set(names)
+        own, residual, dtype, names = self.original.source, self.residual, self.original.stored_dtype, set(names)
+        end, readers = self._end, (residual.head,)
+        head = {name for name in end if name.rpartition(".")[0] == residual.head}
+        if not head & names and f"{residual.final_norm}.bias" not in end:  # the norm multiplies by 1 then, whatever the head is
+            end, readers = end - head, ()
+        wanted = names | end if end & names else names
         found = own.rest({own.tied.get(name, name) for name in wanted})
         tensors = {name: found[own.tied.get(name, name)] for name in wanted}
         for name in tensors.keys() & {f"{module}.weight" for module in residual.embeddings}:
             tensors[name] = self.Q(tensors[name], dtype)
-        if end & set(names):
-            fold_norm(tensors, residual.final_norm, (residual.head,), self.Q, dtype, self.offset)
+        if end & names:
+            fold_norm(tensors, residual.final_norm, readers, self.Q, dtype, self.offset)
         return {name: tensors[name].to(dtype) for name in names}
 
 

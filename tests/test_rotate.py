@@ -110,6 +110,18 @@ def test_times_kronecker_is_the_product_with_the_whole_matrix():
     torch.testing.assert_close(times_kronecker(x, [A, B, C]), x @ torch.kron(torch.kron(A.contiguous(), B), C))
 
 
+def test_the_head_is_not_read_for_the_norm(monkeypatch):
+    """Of an RMSNorm: what one with a bias adds depends on whether the head has one."""
+    for variant, reads in ((("llama", "llama3"), False), (("opt", "pre-norm"), True)):
+        turned, asked = rotated(decoder_of(tiny_model(*variant)), seed=0), []
+        source, norm = turned.source.original.source, turned.family.residual.final_norm
+        whole = turned.source.rest({f"{norm}.weight", "lm_head.weight"})
+        rest = source.rest
+        monkeypatch.setattr(source, "rest", lambda names, rest=rest, asked=asked: asked.extend(names) or rest(names))
+        found = turned.source.rest({f"{norm}.weight"})
+        assert torch.equal(found[f"{norm}.weight"], whole[f"{norm}.weight"]) and (len(asked) > 1) == reads, asked
+
+
 def test_what_cannot_be_rotated_is_refused():
     with pytest.raises(UsageError, match="after the residual sum"):
         rotated(decoder_of(tiny_model("opt", "post-norm")), seed=0)
