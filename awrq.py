@@ -40,11 +40,11 @@ class Moments(gptq.Hessian):
 
         weight (B, T): how much its tokens count, where `weights` does not say it.
         """
-        target = x if target is None else target
         bits, per_token, _ = self.acts
-        if x.is_cuda and bits <= 8 and not per_token and self.weights is None and weight is None:
-            self.add_codes(x, target)
+        if x.is_cuda and bits <= 8 and not per_token and target is None and self.weights is None and weight is None:
+            self.add_codes(x)
             return
+        target = x if target is None else target
         xq = fake_quant_act(x, *self.acts)
         parts = (target, xq) if lost is None else (target, xq, lost)
         for t, q, *e in zip(*(self.weighted(part, weight) for part in parts), strict=True):
@@ -54,14 +54,14 @@ class Moments(gptq.Hessian):
                 gptq.add_product(self.R, *e, q)
         self.sequences += len(x)
 
-    def add_codes(self, x, target):
-        """The same, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255, exact in float16.
+    def add_codes(self, x):
+        """The same for its own input, a sequence at a time, for tensor cores: codes less zero are whole numbers of at most 255.
 
-        The difference of the target to them is rounded to float16, which changes M by a thousandth of itself at most.
+        They are exact in float16.  What rounding took is rounded to it, which changes M by a thousandth of itself at most.
         """
         self.sequences += len(x)
         codes, scale, zero = act_codes(x, *self.acts)
-        for q, t, s in zip(codes.sub_(zero), target.float(), scale.flatten(), strict=True):
+        for q, t, s in zip(codes.sub_(zero), x.float(), scale.flatten(), strict=True):
             half = q.half()
             gptq.add_product(self.H, half, half, s * s)
             gptq.add_product(self.M, (t / s - q).half(), half, s * s)

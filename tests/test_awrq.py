@@ -117,7 +117,7 @@ def test_codes_in_half_precision_give_the_moments(bits):
     X *= torch.tensor([0.01, 1, 300])[:, None, None]  # each sequence has a scale of its own
     recipe = Recipe("awrq", wbits=4, act_bits=bits)
     ours, plain = awrq.Moments(96, recipe, "cpu"), awrq.Moments(96, recipe, "cpu")
-    ours.add_codes(X, X)
+    ours.add_codes(X)
     plain.add(X)
     ours.finish(), plain.finish()
     xq = reference.fake_quant_act(X, bits).flatten(0, 1)
