@@ -160,13 +160,22 @@ def run_block(block, x, arguments, name):
     out = block(x, **arguments)
     out = out if torch.is_tensor(out) else out[0]  # newer transformers return the tensor, older ones a tuple
     if not out.isfinite().all():
-        raise FloatingPointError(f"{name}: NaN or Inf in the output of {_first_nonfinite(block, x, arguments)}")
+        raise FloatingPointError(f"{name}: NaN or Inf in the output of {_first_nonfinite(block, x, arguments)}{way_out(out.dtype)}")
     return out
 
 
+def way_out(dtype):
+    """What a message about NaN or Inf in tensors of a dtype ends with."""
+    return "; float16 ends at 65504: try --dtype bfloat16 or float32" if dtype == torch.float16 else ""
+
+
 def _first_nonfinite(block, x, arguments):
-    """Name of the first submodule, in the order of execution, whose output is not finite."""
+    """Name of the first submodule, in the order of execution, whose output is not finite.  The submodules lose their hooks."""
     found = []
+    for module in block.modules():
+        if module is not block:  # what watches them must not see the same inputs twice
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
 
     def check(name):
         def hook(module, args, out):
@@ -180,7 +189,7 @@ def _first_nonfinite(block, x, arguments):
         for name, module in block.named_modules():
             hooks.callback(module.register_forward_hook(check(name)).remove)
         block(x, **arguments)
-    return found[0] or "the block"
+    return found[0] if found and found[0] else "the block"
 
 
 def sequences_place(config, dtype, tokens, device, streams=1):

@@ -66,9 +66,9 @@ def observe(block, sequences, name, observers, stream=None, rest=True, batches=N
 
 @contextmanager
 def repeated(block, part, sequences):
-    """A context in which a submodule of the block runs only once per batch; its outputs are kept and reused.
+    """A context in which attention runs only once per batch; its output is kept and reused, without its weights.
 
-    For a submodule that is already quantized, while the block runs over the same inputs again for its other parts.
+    part: its name in the block.  It is already quantized, while the block runs over the same inputs again for its other parts.
     """
     module, kept = block.get_submodule(part), {}
     forward = module.forward
@@ -76,10 +76,10 @@ def repeated(block, part, sequences):
     def once(*args, **kwargs):
         k = sequences.now
         if k not in kept:
-            out, *others = forward(*args, **kwargs)
-            kept[k] = sequences.place.put(out), others
-            return out, *others
-        out, others = kept[k]
+            out = forward(*args, **kwargs)
+            kept[k] = [sequences.place.put(out[0]), *[None] * (len(out) - 1)]  # attention's weights would take (B, heads, T, T)
+            return out
+        out, *others = kept[k]
         return out.to(sequences.place.device), *others
 
     module.forward = once

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from modelutils import run_block
+from modelutils import run_block, way_out
 from processes import ALONE
 from runtime import approximate, find_place, free_memory, release
 
@@ -111,4 +111,4 @@ def check(gradients, block):
     """Raises FloatingPointError for NaN or Inf in one of {linear: gradient}."""
     for name, g in gradients.items():
         if not g.isfinite().all():
-            raise FloatingPointError(f"{block}: NaN or Inf in the gradient of the loss at the output of {name}")
+            raise FloatingPointError(f"{block}: NaN or Inf in the gradient of the loss at the output of {name}{way_out(g.dtype)}")

@@ -17,7 +17,6 @@ from runtime import Clock
 from smoothquant import AbsMax, fold_group, search_scale, smooth_scale
 
 SEARCHED = 8  # sequences that a search for alpha looks at
-KEPT = {"layer": 1, "stream": 8, "residual": 10}  # hidden states kept of each token, and what takes as much
 
 
 @dataclass(frozen=True)
@@ -261,4 +260,14 @@ def beside(sequences, decoder, recipe):
 def calibration_place(decoder, ids, recipe, device, world=ALONE):
     """A Place with room for what is kept of the calibration sequences: hidden states, and with a Stream the inputs of its linears."""
     tokens = ids.numel() // world.size
-    return sequences_place(decoder.config, decoder.dtype, tokens, device, streams=KEPT[recipe.target])
+    return sequences_place(decoder.config, decoder.dtype, tokens, device, streams=kept_states(decoder, recipe))
+
+
+def kept_states(decoder, recipe):
+    """How many hidden states' worth of numbers is kept of each token at most, while a block is quantized."""
+    block = decoder.skeleton.get_submodule(decoder.family.blocks)[0]
+    widths = [block.get_submodule(group.linears[0]).in_features for group in decoder.family.groups]
+    if recipe.target == "layer":
+        return 1 + recipe.true_sequential  # what attention gives: see run.calibrate.repeated
+    read = sum(widths[1:]) / decoder.config.hidden_size  # by the linears of the unquantized block; the first are read at once
+    return 2 + read + 2 * (recipe.target == "residual")  # both streams, and before each writer the unquantized one

@@ -1,8 +1,11 @@
 """Quantizing equals the method done by hand, whatever the walk_batch, and what is stored is what the model computes with."""
 
 import math
+import weakref
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -16,8 +19,10 @@ from evaluation.perplexity import perplexity
 from formats.checkpoint import Store
 from modelutils import decoder_of
 from quant import QuantLinear
-from recipe import METHODS, Recipe
-from run.quantize import quantize_blocks
+from recipe import METHODS, TARGETS, Recipe
+from run.calibrate import repeated
+from run.quantize import kept_states, quantize_blocks
+from runtime import Place
 
 IDS = token_ids(5, 48)
 ROUNDING = [name for name, method in METHODS.items() if method.weights]
@@ -375,3 +380,60 @@ def test_a_block_read_from_the_store_is_the_block_that_was_finished(model, recip
         finished, read = made.block.state_dict(), store.decoder().block(i).state_dict()
         assert finished.keys() == read.keys()
         assert all(t.dtype == read[name].dtype and torch.equal(t, read[name]) for name, t in finished.items())
+
+
+class Overflowing(Store):
+    """A Store after whose first block the quantized stream alone is too large for the next one."""
+
+    def put(self, i, made, layers, streams):
+        super().put(i, made, layers, streams)
+        streams[0][len(streams[0]) - 1] = streams[0][len(streams[0]) - 1] * 3e38
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_layer_that_overflows_is_named(target, true_sequential):
+    if target == "residual" and not true_sequential:
+        return
+    decoder = decoder_of(tiny_model("opt", "pre-norm"))
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, target=target, true_sequential=true_sequential)
+    with pytest.raises(FloatingPointError, match=r"block 1.*self_attn"):
+        list(quantize_blocks(decoder, IDS, recipe, Overflowing(decoder, recipe)))
+
+
+def test_attention_runs_once_and_its_weights_are_not_kept():
+    class Attention(nn.Module):
+        def forward(self, x):
+            calls.append(1)
+            return 2 * x, torch.ones(9)
+
+    calls, block, sequences = [], nn.ModuleDict({"attention": Attention()}), SimpleNamespace(now=0, place=Place(CPU, "device"))
+    with repeated(block, "attention", sequences):
+        first, again = (block["attention"](torch.ones(2, 3)) for _ in range(2))
+        sequences.now = 1
+        other = block["attention"](torch.zeros(2, 3))
+    assert torch.equal(first[0], again[0]) and again[1] is None and not other[0].any() and len(calls) == 2
+    assert block["attention"](torch.ones(2, 3))[1] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sizes"), [("llama", {}), ("llama", {"intermediate_size": 256}), ("qwen3", {"head_dim": 32})])
+@pytest.mark.parametrize("target", TARGETS)
+def test_room_for_what_is_kept_is_asked_for(family, sizes, target, monkeypatch):
+    """The most that is kept at one time, in hidden states of each token."""
+    kept, put = Counter(), Place.put
+
+    def counted(self, x):
+        y = put(self, x)
+        kept["now"] += y.nbytes
+        kept["most"] = max(kept["most"], kept["now"])
+        weakref.finalize(y, lambda n=y.nbytes: kept.subtract(now=n))
+        return y
+
+    monkeypatch.setattr(Place, "put", counted)
+    model, ids = tiny_model(family, next(iter(TINY[family]["variants"])), **sizes), token_ids(16, 32)
+    recipe = Recipe(method="awrq", wbits=4, act_bits=8, target=target, true_sequential=True)
+    quantize(model, ids, recipe)
+    most = kept["most"] / (ids.numel() * model.config.hidden_size * 4)
+    asked = kept_states(decoder_of(model), recipe)
+    assert 0.8 * asked < most < 1.15 * asked, (most, asked)
