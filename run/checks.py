@@ -11,6 +11,7 @@ from formats.hub import check_push
 from formats.resume import abbreviate, differences
 from formats.shards import sha256
 from recipe import METHODS, UsageError
+from run.tune import state_bytes
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
@@ -110,21 +111,25 @@ def check_target(flag, folder):
 
 def check_space(run, subject, decoder):
     """Raises UsageError if the disk has too little room for what a run writes, by an estimate."""
-    size, recipe = packed_bytes(decoder, subject.recipe), subject.recipe
-    tokens, streams = recipe.nsamples * recipe.seqlen, 1 if recipe.target == "layer" else 2
-    sequences = streams * tokens * decoder.config.hidden_size * decoder.dtype.itemsize  # which --checkpoint_dir keeps as well
-    needed = {}
+    size, kept, needed = packed_bytes(decoder, subject.recipe), resuming_bytes(decoder, subject.recipe), {}
     for flag, folder in folders(run).items():
         there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
         device = there.stat().st_dev
         linked = flag == "save" and device in needed  # --save makes hard links to the blocks of --checkpoint_dir
-        needed[device] = needed.get(device, 0) + (0 if linked else size + sequences * (flag == "checkpoint_dir"))
+        needed[device] = needed.get(device, 0) + (0 if linked else size + kept * (flag == "checkpoint_dir"))
         free = shutil.disk_usage(there).free
         if free < needed[device]:
             raise UsageError(
                 f"--{flag} {folder}: about {needed[device] / 2**30:.2f} GiB are needed there, and {free / 2**30:.2f} GiB are free;"
                 " give a folder with more room"
             )
+
+
+def resuming_bytes(decoder, recipe):
+    """Estimated bytes that --checkpoint_dir needs at most beside the blocks: two inputs of a block, or two states of tuning."""
+    streams, tokens = 1 if recipe.target == "layer" else 2, recipe.nsamples * recipe.seqlen
+    inputs = streams * tokens * decoder.config.hidden_size * decoder.dtype.itemsize
+    return 2 * max(inputs, state_bytes(decoder, recipe) if recipe.tune_steps else 0)
 
 
 def check_scratch(needed):

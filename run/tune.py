@@ -19,7 +19,7 @@ from quant import fake_quant_act
 from recipe import STEP_SAMPLES
 from runtime import free_memory, multiplies_bfloat16
 
-RATE = 1e-3  # learning rate relative to the root mean square of each tensor; it falls to 0 along half a cosine
+RATE = 1e-3  # learning rate relative to the size of each tensor, up to 4 bits; it falls to 0 along half a cosine
 BETAS = (0.9, 0.95)  # of Adam
 KEEP_EVERY = 5  # steps
 GRAPH = 160  # bytes that a block keeps for its gradients, for each token and channel of its widest layer
@@ -35,7 +35,10 @@ class TunedLinear(nn.Module):
         super().__init__()
         self.acts, self.batch, self.in_scale, self.grid = linear.acts, linear.batch, linear.in_scale, grid
         self.register_buffer("whole", (q - grid.columns(grid.zero, q.shape[1])).to(dtype))  # (R, C): codes less zero
-        self.scale = nn.Parameter(grid.scale.clone())  # (R, G)
+        scale, used = grid.scale.clone(), self.whole.any(1)
+        if used.any():  # any scale will do for rows of zeros, but theirs, 1, would be the size of all
+            scale[~used] = scale[used].mean(0)
+        self.scale = nn.Parameter(scale)  # (R, G)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
 
     def forward(self, x):
@@ -64,6 +67,14 @@ def check_room(store, ids, device):
         place = teacher_place(store.original, ids[own], device)
         if place.folder:
             place.folder.cleanup()
+
+
+def state_bytes(decoder, recipe):
+    """Bytes that the state of an Optimizer takes in a file: three float32 for each scale; norms and biases are few."""
+    block = decoder.skeleton.get_submodule(decoder.family.blocks)[0]
+    linears = [block.get_submodule(name) for name in decoder.linears]
+    columns = [linear.in_features if recipe.groupsize == -1 else recipe.groupsize for linear in linears]
+    return 12 * len(decoder) * sum(m.out_features * -(-m.in_features // c) for m, c in zip(linears, columns, strict=True))
 
 
 def teacher_place(decoder, ids, device):
@@ -105,23 +116,25 @@ class Student:
     """The quantized model of a Store, its scales, norms and biases as parameters: {name in the model: parameter}.
 
     It is computed in float32; quick: the products of quantized linears and of the head in bfloat16.  Blocks are kept if there is room for
-    all; else each is built from the store whenever it runs.
+    all, and what their gradients need if there is room for that too; else each is built, or run again, whenever it is needed.
     """
 
     def __init__(self, store, device, tokens, quick=False):
         """tokens: of the sequences that run together."""
         self.store, self.device, self.quick = store, device, quick
         self.decoder = as_float(store.decoder())
-        self.parameters, self.blocks = {}, {}
+        self.parameters, self.sizes, self.blocks = {}, {}, {}
         first, config = self._make(0), self.decoder.config
         size = sum(t.nbytes for t in (*first.parameters(), *first.buffers()))
         width = max(config.hidden_size, getattr(config, "ffn_dim", 0), getattr(config, "intermediate_size", 0))
-        self.keeps = len(self.decoder) * (size + GRAPH * tokens * width) < free_memory(device) / 2
+        room, n = free_memory(device) / 2, len(self.decoder)
+        self.keeps_blocks, self.keeps_graphs = n * size < room, n * (size + GRAPH * tokens * width) < room
         self.head = self.decoder.head(device).requires_grad_(False)
         norm = self.decoder.family.residual.final_norm
-        for name, p in self.head.model.named_parameters():
-            if name.rpartition(".")[0] == norm:
-                self.parameters[name] = p.requires_grad_()
+        for name, p in list(self.head.model.named_parameters()):
+            path, _, attribute = name.rpartition(".")
+            if path == norm:
+                self._own(self.head.model.get_submodule(path), attribute, name, p)
         for i in range(len(self.decoder)):  # so that all parameters are there
             self.block(i)
 
@@ -131,14 +144,22 @@ class Student:
             block.set_submodule(name, TunedLinear(block.get_submodule(name), q, grid, dtype).to(self.device))
         return block.requires_grad_()
 
+    def _own(self, module, attribute, name, p):
+        """Put the parameter of this name into a module: a copy of p at first, which may be the store's."""
+        if name not in self.parameters:
+            self.parameters[name] = nn.Parameter(p.detach().clone())
+            offset = self.decoder.family.norm_offset if attribute == "weight" else 0  # of linears there are scales and biases only
+            self.sizes[name] = (p.detach() + offset).square().mean().sqrt().item()
+        module._parameters[attribute] = self.parameters[name]
+
     def block(self, i):
         if i in self.blocks:
             return self.blocks[i]
         block = self._make(i)
         for name, p in list(block.named_parameters()):
             path, _, attribute = name.rpartition(".")
-            block.get_submodule(path)._parameters[attribute] = self.parameters.setdefault(f"{self.store.prefix}{i}.{name}", p)
-        if self.keeps:
+            self._own(block.get_submodule(path), attribute, f"{self.store.prefix}{i}.{name}", p)
+        if self.keeps_blocks:
             self.blocks[i] = block
         return block
 
@@ -147,7 +168,7 @@ class Student:
         steps = []
         for i in range(len(self.decoder)):
             x = x.detach().requires_grad_()
-            with torch.set_grad_enabled(self.keeps):
+            with torch.set_grad_enabled(self.keeps_graphs):
                 out = run_block(self.block(i), x, arguments[f"block {i}"], f"block {i}")
             steps.append((x, out))
             x = out
@@ -158,7 +179,7 @@ class Student:
         gradient = x.grad
         while steps:
             i, (x, out) = len(steps) - 1, steps.pop()
-            if not self.keeps:
+            if not self.keeps_graphs:
                 out = run_block(self.block(i), x, arguments[f"block {i}"], f"block {i}")
             out.backward(gradient)
             gradient = x.grad
@@ -196,7 +217,8 @@ def tune(store, ids, device):
     world, steps = store.world, plan(len(ids), store.recipe.tune_steps, store.recipe.seed)
     quick = is_quick(store.recipe, device)
     student = Student(store, device, ids.shape[1], quick)
-    optimizer = Optimizer(student.parameters, len(steps))
+    rate = RATE * 2.0 ** (4 - max(4, store.recipe.wbits))  # with the steps of the grid
+    optimizer = Optimizer(student.parameters, {name: rate * size for name, size in student.sizes.items()}, len(steps))
     found = optimizer.restore(store.tuning())
     if len(found) < len(steps):
         needed = read_by(world, steps[len(found) :])
@@ -213,13 +235,12 @@ def tune(store, ids, device):
 
 
 class Optimizer:
-    """Adam on {name: parameter}, with a state that can be saved."""
+    """Adam on {name: parameter}, with a state that can be saved.  rates: {name: learning rate of the first step}."""
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, parameters, steps):
-        self.parameters, self.steps = parameters, steps
-        self.rates = {name: RATE * p.detach().square().mean().sqrt().item() for name, p in parameters.items()}
+    def __init__(self, parameters, rates, steps):
+        self.parameters, self.rates, self.steps = parameters, rates, steps
         self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS)
 
     def step(self, s, sequences, world=ALONE):
@@ -231,7 +252,9 @@ class Optimizer:
         gradients = torch.cat([p.grad.flatten() for p in self.parameters.values()])
         world.add(gradients)
         parts = gradients.div_(sequences).split([p.numel() for p in self.parameters.values()])
-        for p, gradient in zip(self.parameters.values(), parts, strict=True):
+        for (name, p), gradient in zip(self.parameters.items(), parts, strict=True):
+            if not gradient.isfinite().all():
+                raise FloatingPointError(f"--tune_steps: NaN or Inf in the gradient of {name} at step {s + 1}")
             p.grad = gradient.view_as(p)
         self.adam.step()
         self.adam.zero_grad()

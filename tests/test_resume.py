@@ -13,14 +13,16 @@ from conftest import CPU, in_child, tiny_model, token_ids, toy_tokenizer
 from test_checkpoint import TYPES, flip, recipe, saved
 
 import modelutils
-from formats import shards
+from formats import resume, shards
 from formats.checkpoint import Store
 from formats.resume import ResumableStore, run_identity
 from formats.shards import sha256 as tensor_sha256
 from formats.whole import load
 from modelutils import decoder_of
 from recipe import UsageError
+from run.checks import resuming_bytes
 from run.quantize import BlockQuantizer, quantize_blocks
+from run.tune import tune
 
 IDS = token_ids(4, 16)
 
@@ -165,3 +167,24 @@ def test_a_damaged_store(tmp_path):
     flip(tmp_path / "store" / "awrq-00002-of-00003.safetensors", -1)
     with pytest.raises(UsageError, match=r"awrq-00002.*damaged"):
         run(tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"target": "stream"}, {"tune_steps": 10, "groupsize": 4}], ids=str)
+def test_the_room_that_is_asked_for_is_what_is_taken(tmp_path, settings, monkeypatch):
+    """The new inputs of a block, and the new state of tuning, are there before the old ones go."""
+    chosen, most = recipe(nsamples=len(IDS), seqlen=IDS.shape[1], **settings), 0
+    decoder = decoder_of(tiny_model("llama", "llama3", num_hidden_layers=4))
+    store = ResumableStore(decoder, chosen, tmp_path, run_identity(decoder, IDS, chosen, CPU, 1))
+
+    def watched(*args, write=resume.write_json):  # which says that the new ones are complete
+        nonlocal most
+        files = [path for pattern in ("inputs-*/*", "tuning-*") for path in tmp_path.glob(pattern)]
+        most = max(most, sum(path.stat().st_size for path in files))
+        write(*args)
+
+    monkeypatch.setattr(resume, "write_json", watched)
+    list(quantize_blocks(decoder, IDS, chosen, store))
+    if chosen.tune_steps:
+        tune(store, IDS, CPU)
+    assert 0.7 < most / resuming_bytes(decoder, chosen) < 1.2  # norms are not counted

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, in_child, tiny_model, token_ids, toy_tokenizer
 from test_checkpoint import recipe
+from test_families import tiny_config
 
+from bench.family import random_model
 from formats.checkpoint import Store, open_checkpoint
 from formats.resume import ResumableStore, run_identity
 from modelutils import decoder_of
@@ -70,19 +72,22 @@ def test_a_linear_that_is_tuned_computes_what_it_did(kind):
         torch.testing.assert_close(TunedLinear(frozen, q, grid)(inputs), frozen(inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "keeps"), [*((kind, False) for kind in KINDS), ("in_scale", True), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "keeps"), [*((kind, "nothing") for kind in KINDS), ("opt", "blocks"), ("in_scale", "graphs"), ("llama", "graphs")]
+)
 def test_gradients_are_those_of_the_whole_model(kind, keeps):
-    """Whether the blocks are kept or made again for every step, back and forth."""
+    """Whether blocks and graphs are kept or made again for every step, back and forth."""
     store = finished(kind)
     wanted, place = teacher_of(store), tuning.sequences_place(store.original.config, torch.float32, IDS.numel(), CPU)
     student = Student(store, CPU, 16)
-    student.keeps, student.blocks = keeps, student.blocks if keeps else {}
+    student.keeps_blocks, student.keeps_graphs = keeps != "nothing", keeps == "graphs"
+    student.blocks = student.blocks if student.keeps_blocks else {}
     with torch.no_grad():
         entering = as_float(store.original).embed(IDS.split(1), place)
     losses = [
         student.divergence(entering[k], {name: found for (name, _), found in entering.arguments.items()}, wanted[k]) for k in range(2)
     ]
-    assert bool(student.blocks) == keeps
+    assert bool(student.blocks) == student.keeps_blocks
     found = {name: p.grad.clone() for name, p in student.parameters.items() if p.grad is not None}
 
     whole = store.decoder().materialize(CPU)
@@ -105,6 +110,64 @@ def test_gradients_are_those_of_the_whole_model(kind, keeps):
             close = partial(torch.testing.assert_close, found[name], p.grad, rtol=1e-3, msg=name)
             close(atol=1e-7 * largest + 1e-5 * p.grad.abs().max().item())
     assert any(name.endswith("scale") for name in found) and any("norm" in name for name in found)
+
+
+def test_nan_in_a_gradient_names_it_and_nothing_of_it_is_kept(tmp_path, monkeypatch):
+    store, step = finished("llama", tmp_path), tuning.Optimizer.step
+
+    def spoiled(self, s, *args):
+        if s == 4:  # after which the state would be kept
+            name, p = next(item for item in self.parameters.items() if item[0].endswith("q_proj.scale"))
+            p.grad[0] = float("nan")
+        step(self, s, *args)
+
+    monkeypatch.setattr(tuning.Optimizer, "step", spoiled)
+    with pytest.raises(FloatingPointError, match=r"NaN or Inf in the gradient of .*q_proj\.scale at step 5"):
+        tune(store, IDS, CPU)
+    assert not store.tuned and not store.tuning()
+
+
+def test_tuning_leaves_what_the_store_has():
+    store = finished("opt")
+    tensors = [{name: t.clone() for name, t in block.items()} for block in store.blocks.values()]
+    tune(store, IDS, CPU)
+    for before, after in zip(tensors, store.blocks.values(), strict=True):
+        assert all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+def test_rows_of_zeros_have_no_say_in_the_rate():
+    """As where a model's MLP is padded; the grid of such a row has scale 1."""
+    store = finished("llama")
+    block = store.decoder().block(0)
+    q, grid = store.codes(0)["mlp.up_proj"]
+    q[3:5], grid.scale[3:5] = grid.zero[3:5].to(q.dtype), 1
+    linear = TunedLinear(block.get_submodule("mlp.up_proj"), q, grid)
+    assert linear.scale.max() < 0.5 and grid.scale[3] == 1
+    linear.batch.size, x = 2, torch.randn(2, 5, q.shape[1])
+    assert not linear(x)[..., 3:5].any()
+
+
+@pytest.mark.parametrize(("wbits", "rate"), [(3, 1), (4, 1), (5, 1 / 2), (8, 1 / 16)])
+def test_the_rate_falls_with_the_steps_of_the_grid(wbits, rate, monkeypatch):
+    found = {}
+    monkeypatch.setattr(tuning.Optimizer, "__init__", lambda self, parameters, rates, steps: found.update(rates) or 1 / 0)
+    store = finished("llama", wbits=wbits)
+    with pytest.raises(ZeroDivisionError):
+        tune(store, IDS, CPU)
+    sizes = Student(store, CPU, 16).sizes
+    assert found == {name: pytest.approx(tuning.RATE * rate * size) for name, size in sizes.items()} and min(sizes.values()) > 0
+
+
+def test_norms_that_multiply_by_one_more_than_their_weight_learn():
+    """Those of Gemma are zeros after a rotation."""
+    model = random_model(tiny_config("gemma")).float()
+    decoder, chosen = rotated(decoder_of(model), 0), recipe(rotate=True, tune_steps=2)
+    store = Store(decoder, chosen)
+    for _ in quantize_blocks(decoder, IDS, chosen, store):
+        pass
+    tune(store, IDS, CPU)
+    norms = [t for name, t in store.tuned.items() if "norm" in name]
+    assert len(norms) == 5 and all(t.any() for t in norms)
 
 
 @pytest.mark.parametrize("kind", KINDS)
