@@ -35,19 +35,16 @@ class Moments(gptq.Hessian):
         """Be told what the stream has lost, (B, T, rows), in every `add`."""
         self.R = torch.zeros(rows, len(self.H), dtype=torch.float64, device=self.H.device)
 
-    def add(self, x, target=None, lost=None, weight=None):
-        """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x), plus lost (B, T, R), if there is an R.
-
-        weight (B, T): how much its tokens count, where `weights` does not say it.
-        """
+    def add(self, x, target=None, lost=None):
+        """x (B, T, C); target, of the same shape: the layer should give W @ target (default: x), plus lost (B, T, R), if there is an R."""
         bits, per_token, _ = self.acts
-        if x.is_cuda and bits <= 8 and not per_token and target is None and self.weights is None and weight is None:
+        if x.is_cuda and bits <= 8 and not per_token and target is None and self.weights is None:
             self.add_codes(x)
             return
         target = x if target is None else target
         xq = fake_quant_act(x, *self.acts)
         parts = (target, xq) if lost is None else (target, xq, lost)
-        for t, q, *e in zip(*(self.weighted(part, weight) for part in parts), strict=True):
+        for t, q, *e in zip(*map(self.weighted, parts), strict=True):
             gptq.add_product(self.H, q, q)
             gptq.add_product(self.M, t.float() - q.float(), q.float())  # the difference first: that of two products would cancel
             if e:

@@ -69,13 +69,9 @@ class Hessian:
             add_product(self.H, sequence, sequence)
         self.sequences += len(x)
 
-    def weighted(self, x, weight=None):
-        """Yields the next sequences, of x (B, T, C), each token times the root of its weight: then its products have the weight.
-
-        weight (B, T): those of x, if it has no `weights`.
-        """
-        if self.weights is not None:
-            weight = self.weights[self.sequences : self.sequences + len(x)].to(x.device)
+    def weighted(self, x):
+        """Yields the next sequences, of x (B, T, C), each token times the root of its weight: then its products have the weight."""
+        weight = None if self.weights is None else self.weights[self.sequences : self.sequences + len(x)].to(x.device)
         for k, sequence in enumerate(x):
             yield sequence if weight is None else sequence.float() * weight[k, :, None].sqrt()
 

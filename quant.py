@@ -116,19 +116,15 @@ class Means:
         """Be told what the stream has lost, (B, T, rows), in every `add`."""
         self.lost = torch.zeros(rows, dtype=torch.float64, device=self.seen.device)
 
-    def add(self, x, target=None, lost=None, weight=None):
-        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x; lost (B, T, R): what comes on top of that.
-
-        weight (B, T): how much tokens count (default: alike).
-        """
+    def add(self, x, target=None, lost=None):
+        """x (B, T, C); target, of its shape: what the unrounded weight is applied to, if not x; lost (B, T, R): what comes on top."""
 
         def total(x):
-            x = x if weight is None else x.float() * weight[..., None]
             return x.flatten(0, -2).sum(0, dtype=torch.float64)
 
         self.target += total(x if target is None else target)
         self.seen += total(fake_quant_act(x, *self.acts))
-        self.tokens += x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64).item()
+        self.tokens += x.shape[:-1].numel()
         if lost is not None:
             self.lost += total(lost)
 

@@ -105,7 +105,6 @@ class Stream(Sequences):
         super().__init__(sequences.place)
         self.x, self.arguments, self.mix = list(sequences.x), sequences.arguments, mix
         self.writers = residual.read_before(config) if residual else {}
-        self.centered = bool(residual and residual.centered)
         self.scale = getattr(config, "residual_multiplier", 1)  # Granite's, of what is added to the stream
 
     @contextmanager
@@ -114,8 +113,7 @@ class Stream(Sequences):
         self.block, self.done = deepcopy(block), 0
         self.reads = {linear: [] for linear in linears.values()}
         self.before = {linears[name]: [] for name in self.writers}  # the unquantized stream that each adds to, batch by batch
-        self.counts = {linears[name]: [] for name in self.writers}  # how much tokens count in its statistics
-        self.states, self.here = [], {}  # of the current batch: `before` of all writers; the same of the quantized model
+        self.here = {}  # the same of the quantized model, of the current batch
         with ExitStack() as hooks:
             for name, linear in linears.items():
                 self.block.get_submodule(name).register_forward_pre_hook(partial(self.keep, linear))
@@ -125,7 +123,7 @@ class Stream(Sequences):
             try:
                 yield
             finally:
-                del self.block, self.reads, self.before, self.counts, self.states, self.here
+                del self.block, self.reads, self.before, self.here
 
     def keep(self, linear, twin, args):
         read = twin.smoothed(args[0])
@@ -133,7 +131,6 @@ class Stream(Sequences):
 
     def keep_before(self, linear, norm, args):
         self.before[linear].append(args[0] if linear in self.at_once else self.place.put(args[0]))
-        self.states.append(args[0])
 
     def note(self, linear, norm, args):
         self.here[linear] = args[0]
@@ -142,29 +139,15 @@ class Stream(Sequences):
         """Run batch k through the unquantized block, once.  at_once: the linears whose inputs are needed now; those of others are kept."""
         if k == self.done:
             self.at_once, self.done = at_once, k + 1
-            self.states = []
-            out = self[k] = super().run(self.block, k, name)
-            for linear, after in zip(self.before, [*self.states, out][1:], strict=True):
-                self.counts[linear].append(self.count(after.view_as(out)))
-
-    def count(self, after):
-        """How much tokens count in the statistics of a writer: (B, T), at most 1.  after: the stream (B, T, D) with what the writer adds.
-
-        The next norm divides a token by its size, and its errors too, so massive tokens count little: the median of the sequence over the
-        size.  Tokens smaller than the median count 1, or a token of zeros would outweigh all others.
-        """
-        size = after.float().var(-1, correction=0) if self.centered else after.float().square().mean(-1)
-        typical = size.median(-1, keepdim=True).values.clamp(min=torch.finfo(size.dtype).tiny)
-        return typical / torch.maximum(size, typical)
+            self[k] = super().run(self.block, k, name)
 
     def target(self, linear, x):
         """What to fit a linear to that reads x (B, T, C) in the quantized model, float32: what it should be applied to, (B, T, C).
 
-        Of a writer also what it should give besides, as the stream has lost it, (B, T, R), and how much tokens count, (B, T).
-        Called once per batch, in order.
+        Of a writer also what it should give besides, as the stream has lost it, (B, T, R).  Called once per batch, in order.
         """
         target = torch.lerp(x.float(), self.reads[linear].pop(0).to(x.device).float(), self.mix)
         if linear not in self.before:
             return (target,)
         before = self.before[linear].pop(0).to(x.device).float().view(*x.shape[:-1], -1)
-        return target, (before - self.here[linear].view_as(before)) / self.scale, self.counts[linear].pop(0)
+        return target, (before - self.here[linear].view_as(before)) / self.scale

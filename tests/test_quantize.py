@@ -158,17 +158,6 @@ def by_hand(model, ids, recipe, codes_to_use=None):
             handle.remove()
         return seen
 
-    def after_block(model, i):
-        """What block i gives, [(T, D)] of each sequence."""
-        found = []
-        handle = decoder_blocks(model)[i].register_forward_hook(
-            lambda block, args, out: found.append(out if torch.is_tensor(out) else out[0])
-        )
-        for sequence in ids:
-            model(sequence[None])
-        handle.remove()
-        return [x[0] for x in found]
-
     for i, block in enumerate(decoder_blocks(model)):
         names = [name for group in groups for name in group]
         writers = {name: norm for name, norm in WRITERS.items() if name in names and recipe.target == "residual"}
@@ -197,20 +186,14 @@ def by_hand(model, ids, recipe, codes_to_use=None):
                     if name in writers:
                         stream, ours = aim[writers[name]], seen[writers[name]]
                         lost = [h - x for h, x in zip(stream, ours, strict=True)]
-                        after = aim[WRITERS["fc2"]] if name != "fc2" else after_block(full, i)
-                        sizes = [h.var(1, correction=0, keepdim=True) for h in after]
-                        counts = [size.median() / size.clamp(min=size.median()) for size in sizes]
-                    else:
-                        counts = [x.new_ones(len(x), 1) for x in X]
-                    parts = [[x * w.sqrt() for x, w in zip(part, counts, strict=True)] for part in (*parts, lost)]
+                    parts.append(lost)
                     if METHODS[recipe.method].weights:
                         codes[i, name], scale, zero = round_by_hand(recipe, W, *map(torch.cat, parts))
                         q = codes_to_use[i, name][0].double() if codes_to_use else codes[i, name]
                         made[name].W = reference.weight(q, scale, zero)
                     shift = 0
                     if recipe.bias_correction and linear.bias is not None:
-                        w = torch.cat(counts) / torch.cat(counts).sum()
-                        t, e, x = ((w * torch.cat(part)).sum(0) for part in (T, lost, Xq))
+                        t, e, x = (torch.cat(part).mean(0) for part in (T, lost, Xq))
                         shift = t @ W.T + e - x @ made[name].W.T
                         made[name].bias = nn.Parameter(linear.bias + shift)
                     out = of_rows(s[absorb[name]], len(W)) if name in absorb else 1
