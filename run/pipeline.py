@@ -2,6 +2,7 @@
 
 import tempfile
 import traceback
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -229,6 +230,7 @@ def quantize(run, decoder, subject, ids, origin, clock, walk):
             errors = (f"{layer.name.rpartition('.')[2]} {layer.error:.1e}" for layer in done)
             tqdm.write(f"block {done[0].block}: output errors  " + "  ".join(errors))
             layers += done
+        warn_of_losses(layers)
         divergence = tuned(store, others, clock) if recipe.tune_steps else []
         if run.save:
             with clock("writing"):
@@ -240,6 +242,18 @@ def quantize(run, decoder, subject, ids, origin, clock, walk):
     if place := walk.world.share((store.folder, store.blocks) if run.save else None):
         store.folder, store.blocks = place  # the folder that the others read has got its name
     return store.decoder(), {"layers": layers, "tuning": divergence}
+
+
+def warn_of_losses(layers):
+    """Warn of [Layer] whose outputs are mostly lost; where there are massive tokens, that is of them."""
+    lost = [layer for layer in layers if layer.error > 0.5]
+    if lost:
+        worst = max(lost, key=lambda layer: layer.error)
+        warnings.warn(
+            f"{len(lost)} of {len(layers)} layers lose more than half of their output, block {worst.block} {worst.name} the most"
+            f" (error {worst.error:.2f}): do not trust this model before you have evaluated it",
+            stacklevel=2,
+        )
 
 
 def new_store(decoder, recipe, folder, world):

@@ -1,9 +1,21 @@
-"""What a run checks before any long work."""
+"""What a run checks before any long work, and what it warns of."""
+
+import warnings
 
 import pytest
 
 from recipe import UsageError
-from run.pipeline import check_writable
+from run.pipeline import check_writable, warn_of_losses
+from run.quantize import Layer
+
+
+def test_layers_that_lose_their_output_are_named():
+    fine, bad, worst = Layer(0, "mlp.up_proj", 0.4), Layer(3, "mlp.up_proj", 0.6), Layer(11, "mlp.down_proj", 0.97)
+    with pytest.warns(UserWarning, match=r"2 of 3 layers.*block 11 mlp\.down_proj the most \(error 0\.97\)"):
+        warn_of_losses([bad, worst, fine])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_losses([fine])
 
 
 def test_where_one_can_write(tmp_path, monkeypatch):
