@@ -33,11 +33,12 @@ clip-mse         --preset plus --clip mse
 damp-0.01        --preset plus --percdamp 0.01
 damp-0.1         --preset plus --percdamp 0.1
 no-actorder      --preset plus --no-actorder
-no-sequential    --preset plus --no-true-sequential --target stream
+no-sequential    --preset plus --no-true-sequential
 guided           --preset plus --guided
 beam             --preset plus --beam 8
 layer            --preset plus --target layer
-stream           --preset plus --target stream
+stream-only      --preset plus --target_mix 1
+residual         --preset plus --target residual
 no-bias          --preset plus --no-bias_correction
 tuned            --preset plus --tune_steps 32
 "

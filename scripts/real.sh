@@ -25,6 +25,7 @@ awrq         --method awrq
 awrq-smooth  --method awrq --smooth
 gptq         --method gptq --act_quant
 plus         --method awrq --preset plus
+plus-tuned   --method awrq --preset plus --tune_steps 64
 serve        --method awrq --preset serve
 best         --method awrq --preset best
 "
