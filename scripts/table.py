@@ -150,8 +150,9 @@ def grid(title, columns, ours, theirs, recipes, sources, notes):
 def gather(runs, numbers_of, rows, shown):
     """({(row, column): text} of our runs, of the published rows, {row: recipe}, {row: source}).
 
-    numbers_of(run): {column: value}; rows: [(recipe, source, {column: text})]; shown([value of each seed]): text.  Raises UsageError if
-    two runs have the same place and seed.
+    numbers_of(run): {column: value}; rows: [(recipe, source, {column: text})]; shown([value of each seed], column): text.
+
+    Raises UsageError if two runs have the same place and seed.
     """
     ours, theirs, recipes, sources, files = {}, {}, {}, {}, {}
     for recipe, source, values in rows:
@@ -166,7 +167,7 @@ def gather(runs, numbers_of, rows, shown):
                 raise UsageError(f"{file}: {name} of {column(run)} again, after {files[name, at, seed]}; keep one of them")
             files[name, at, seed] = file
             ours.setdefault((name, at), []).append(value)
-    return {place: shown(values) for place, values in ours.items()}, theirs, recipes, sources
+    return {place: shown(values, place[1]) for place, values in ours.items()}, theirs, recipes, sources
 
 
 def lines_of(runs, used, notes):
@@ -186,7 +187,7 @@ def perplexity_table(runs, corpus):
     def numbers(run):
         return {column(run): run["results"]["perplexity"][corpus]["ppl"]}
 
-    def shown(values):
+    def shown(values, model):
         text = spread(values, 2) if max(values) < 1e4 else f"{statistics.mean(values):.1e}"
         return text + f" ({len(values)})" * (len(values) > 1)
 
@@ -205,11 +206,12 @@ def tasks_table(runs, model, metric):
         file, (key, value) = next(iter(runs)), next(iter(special.items()))
         raise UsageError(f"{file}: {key} is {value}, published values are of whole tasks and bare prompts; run it without")
 
-    def percent(values):
+    def percent(values, column):
+        sign = "+" if column == LESS and statistics.mean(value for value, _ in values) > 0 else ""
         if len(values) > 1:
-            return f"{spread([100 * value for value, _ in values], 2)} ({len(values)})"
+            return f"{sign}{spread([100 * value for value, _ in values], 2)} ({len(values)})"
         value, error = values[0]
-        return f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+        return f"{sign}{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
     full = next((run["results"]["tasks"] for run in runs.values() if run["recipe"]["method"] == "full"), {})
 

@@ -165,10 +165,11 @@ def test_the_average_beside_that_of_full_on_the_same_items(task_results, tmp_pat
     task_results("b.json", "mine", accuracies, items(piqa="1100", copa="011"), **awrq, groupsize=128)
     task_results("c.json", "mine", accuracies, **awrq, groupsize=64)
     task_results("d.json", "mine", {"piqa": (0.75, 0.7)}, items(piqa="1100"), method="gptq", wbits=4)
+    task_results("e.json", "mine", accuracies, items(piqa="1111", copa="10"), method="rtn", wbits=4, act_bits=8)
     found = tables(tmp_path / "opt", capsys)
     cells = {name: row["average - full"] for name, row in found["mine, acc"].items()}
     error = 100 * (0.25 / 4 + 2 / 2) ** 0.5 / 2  # d is 0 0 -1 0 and -1 1
-    assert cells.pop("awrq W4A8") == f"-12.50 ± {error:.2f}"
+    assert cells.pop("awrq W4A8") == f"-12.50 ± {error:.2f}" and cells.pop("rtn W4A8").startswith("+12.50 ± ")
     assert len(cells) == 4 and set(cells.values()) == {"–"}, "other numbers of items, no items, other tasks, and full itself"
     assert "average - full" not in found["mine, acc_norm"]["full"], "of which there are no items"
 
