@@ -265,7 +265,7 @@ def calibration_place(decoder, ids, recipe, device, world=ALONE):
 
 def kept_states(decoder, recipe):
     """How many hidden states' worth of numbers is kept of each token at most, while a block is quantized."""
-    block = decoder.skeleton.get_submodule(decoder.family.blocks)[0]
+    block = decoder.empty_block(0)
     widths = [block.get_submodule(group.linears[0]).in_features for group in decoder.family.groups]
     if recipe.target == "layer":
         return 1 + recipe.true_sequential  # what attention gives: see run.calibrate.repeated

@@ -71,7 +71,7 @@ def check_room(store, ids, device):
 
 def state_bytes(decoder, recipe):
     """Bytes that the state of an Optimizer takes in a file: three float32 for each scale; norms and biases are few."""
-    block = decoder.skeleton.get_submodule(decoder.family.blocks)[0]
+    block = decoder.empty_block(0)
     linears = [block.get_submodule(name) for name in decoder.linears]
     columns = [linear.in_features if recipe.groupsize == -1 else recipe.groupsize for linear in linears]
     return 12 * len(decoder) * sum(m.out_features * -(-m.in_features // c) for m, c in zip(linears, columns, strict=True))
