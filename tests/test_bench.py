@@ -304,6 +304,22 @@ def test_a_graph_has_the_attention_of_a_plain_call(monkeypatch, name, phase):
     assert masks == [None] * 4
 
 
+@pytest.mark.parametrize("phase", blocks.STEPS)
+@pytest.mark.parametrize("name", shapes.TINY)
+@torch.no_grad()
+def test_the_cache_of_a_timed_block_does_not_grow(name, phase):
+    model = blocks.build(name, 2, "float16", CPU, 16).float()
+    calls = blocks.block_calls(model, blocks.STEPS[phase](model, 1, 7, CPU))
+    caches = [call.keywords["past_key_values"] for call in calls]
+
+    def tokens():
+        return [cache.layers[i].keys.shape[-2] for i, cache in enumerate(caches) if cache is not None]
+
+    first, before = [call() for call in calls], tokens()
+    torch.testing.assert_close([call() for call in calls], first, rtol=0, atol=0)
+    assert tokens() == before == ([7, 7] if phase == "decode" else [])
+
+
 @torch.no_grad()
 def test_the_integer_side_runs_the_op_on_sequences_of_their_own():
     """OPT flattens its tokens before fc1: two sequences decoded together give what each gives alone."""
