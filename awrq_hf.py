@@ -130,6 +130,6 @@ class AwrqQuantizer(HfQuantizer):
         for name, linear in linears.items():
             block.set_submodule(name, linear)
         if computes_integers(self.recipe) and chosen(self.quantization_config.arithmetic, device) == "integers":
-            use_integers(block, self.family, config, codes, kernels.select("auto", device)[0])
+            use_integers(block, self.family, config, codes, kernels.select("auto", device, self.recipe.groupsize)[0])
         block.register_forward_pre_hook(batch.observe, with_kwargs=True)
         block.to(device)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import groups_fault
 from kernels.build import BuildError, build
 from recipe import UsageError
 
@@ -211,10 +212,8 @@ def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, p
 
 def linear(x, weight, act_bits, per_token, sym, lengths, producer):
     """The op on a GPU, on its current stream, for checked arguments."""
-    if weight.groupsize < weight.columns and (weight.groupsize % 64 or weight.groupsize > 1024):
-        raise UsageError(
-            f"w4a8_linear: groupsize {weight.groupsize}: the CUDA kernels take multiples of 64 up to 1024, or a whole row; use kernel torch"
-        )
+    if weight.groupsize < weight.columns and (fault := groups_fault(weight.groupsize)):
+        raise UsageError(f"w4a8_linear: {fault}; use kernel torch")
     config, parts = dispatch(
         x.device, x.shape[0] * x.shape[1], weight.rows, weight.columns, weight.groupsize, producer_number(producer) > 0
     )

@@ -197,7 +197,7 @@ def open_quantized(run, subject, device):
     """The quantized Decoder of --load; says what will compute its integers."""
     kernel = None
     if run.arithmetic != "dequantized" and computes_integers(subject.recipe):
-        kernel, line = kernels.select(run.kernel, device)
+        kernel, line = kernels.select(run.kernel, device, subject.recipe.groupsize)
         print(line)
     return open_checkpoint(run.load, run.dtype, device, kernel, run.arithmetic)
 

@@ -158,6 +158,12 @@ def test_select_says_what_runs(monkeypatch):
     monkeypatch.setattr(cuda, "library", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     assert kernels.select("auto", gpu) == kernels.select("cuda", gpu) == ("cuda", "kernel: cuda, on A GPU")
+    assert kernels.select("auto", gpu, 128) == kernels.select("cuda", gpu, 128) == kernels.select("cuda", gpu, -1)
+    for size in (24, 32, 2048):  # before a block is read
+        kernel, line = kernels.select("auto", gpu, size)
+        assert kernel == "torch" and f"slowly: groupsize {size}: the CUDA kernels take multiples of 64 up to 1024, or whole rows" in line
+        with pytest.raises(ValueError, match=f"--kernel cuda: groupsize {size}: .* choose torch or auto"):
+            kernels.select("cuda", gpu, size)
 
 
 def test_groups_that_the_kernels_lack_are_named():
