@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import cublaslt
+from bench import cublaslt, timing
 from bench.timing import Missing, enough_copies, random_matrix
 from bench.tune import packed_copies, random_weight
 from kernels import cuda
@@ -155,22 +155,20 @@ def int8_product(rows, columns, device):
         if tokens <= 16:
             raise Missing("torch._int_mm takes more than 16 tokens")
         x = random_matrix(tokens, columns, torch.int8, device)
-        return [partial(torch._int_mm, x, weight.T) for weight in weights]
+        return [timing.int8_product(x, weight) for weight in weights]
 
     return calls
 
 
 def fp8_product(rows, columns, device):
     """PyTorch's product of 8-bit floats, which cuBLASLt computes, of codes that were found before, with one scale for each side."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+    if not timing.has_fp8(device):
         raise Missing("needs an NVIDIA GPU of compute capability 8.9 or newer")
-    weights = copies(device, random_matrix(rows, columns, torch.float16, device).to(torch.float8_e4m3fn))
-    scale = torch.ones((), device=device)
+    weights = copies(device, random_matrix(rows, columns, torch.float8_e4m3fn, device))
 
     def calls(tokens):
-        x = random_matrix(tokens, columns, torch.float16, device).to(torch.float8_e4m3fn)
-        how = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.float16, "use_fast_accum": True}
-        return [partial(torch._scaled_mm, x, weight.T, **how) for weight in weights]
+        x = random_matrix(tokens, columns, torch.float8_e4m3fn, device)
+        return [timing.fp8_product(x, weight) for weight in weights]
 
     return calls
 

@@ -109,20 +109,33 @@ def bench_quantizers(columns, tokens, device):
 
 
 def shares(report):
-    """Lines: of a layer, the share that what comes before the product has in both; – where the kernels have not been timed."""
-    products = {(c["columns"], c["rows"], c["tokens"]): c for c in report["cells"] if c["contender"] == "w4a8 product" and c["tokens"]}
+    """Lines: of a layer, the share that what comes before the product has in both; – where the kernels have not been timed.
+
+    Quantization is what the op takes beyond its product.  A norm or a gate is part of a quantization per token, which is timed by itself.
+    """
+    cells = {(c["columns"], c["rows"], c["tokens"], c["contender"]): c for c in report["cells"] if c["tokens"]}
     before = {(c["columns"], c["contender"], c["tokens"]): c for c in report["quantizers"]}
     tokens = sorted({m for _, _, m in before})
 
-    def shown(columns, rows, name, m):
-        first, second = (best_time(c) if c else None for c in (before[columns, name, m], products.get((columns, rows, m))))
-        return f"{first['median'] / (first['median'] + second['median']):.0%}" if first and second else "–"
+    def median(cell):
+        return best_time(cell)["median"] if cell and best_time(cell) else None
+
+    def share(columns, rows, name, m):
+        product = median(cells.get((columns, rows, m, "w4a8 product")))
+        if name:
+            first = median(before[columns, name, m])
+            return first and product and first / (first + product)
+        whole = median(cells.get((columns, rows, m, "w4a8")))
+        return whole and product and 1 - product / whole
+
+    def shown(found):
+        return "–" if found is None else f"{found:.0%}"
 
     yield f"{'share before the product':44}" + "".join(f"{m:8}" for m in tokens)
     for layer in report["layers"]:
-        for name in ("quantization", "norm, quantization", "gate, quantization"):
-            what = f"{layer['rows']} x {layer['columns']}, {name}"
-            yield f"{what:44}" + "".join(f"{shown(layer['columns'], layer['rows'], name, m):>8}" for m in tokens)
+        for name in ("", "norm, quantization", "gate, quantization"):
+            what = f"{layer['rows']} x {layer['columns']}, {name or 'quantization'}"
+            yield f"{what:44}" + "".join(f"{shown(share(layer['columns'], layer['rows'], name, m)):>8}" for m in tokens)
 
 
 def summary(report):

@@ -286,25 +286,31 @@ def measured_kernels(gpu):
 
 
 def measured(gpu):
-    """({as of measured_kernels}, "commit, ..."): the times of bench.sweep and bench.linears; those of the latter replace the former's."""
-    found, commits = measured_kernels(gpu), {}
-    for kind in ("kernels", "bench"):
+    """({(rows, columns, tokens): [times of bench.linears, of bench.sweep]}, "commit, ..."): each as of measured_kernels.
+
+    They are kept apart, as what the two do to the clock of a GPU is not the same.
+    """
+    sweep, found, commits = measured_kernels(gpu), {}, {}
+    for kind in ("bench", "kernels"):
         if timed := report(gpu, kind):
             commits[timed["about"]["commit"][:7]] = None
             for c in timed["cells"] if kind == "bench" else ():
                 if c["graph"] and c["contender"] in ("float16", "w4a8"):
                     name = "{}/{}".format(*c["config"]) if c["contender"] == "w4a8" else "float16"
-                    found.setdefault((c["rows"], c["columns"], c["tokens"]), {})[name] = c["graph"]["median"]
+                    found.setdefault((c["rows"], c["columns"], c["tokens"]), [{}])[0][name] = c["graph"]["median"]
+    for cell, times in sweep.items():
+        found.setdefault(cell, []).append(times)
     return found, ", ".join(commits)
 
 
-def beside(times, kernel):
-    """The measured times of a cell, in brackets: of the same kernel, or of the fastest one, with its name."""
-    ours = {name: us for name, us in times.items() if name != "float16"}
-    if not ours or "float16" not in times:
+def beside(measurements, kernel):
+    """What was measured of a cell, in brackets: of the same kernel, or of the fastest one, with its name."""
+    whole = [times for times in measurements if "float16" in times and len(times) > 1]
+    if not whole:
         return ""
-    base, name = times["float16"], kernel if kernel in ours else min(ours, key=ours.get)
-    return f"   [{base:.1f} / {ours[name]:.1f}  {base / ours[name]:.2f}{'' if name == kernel else f'  {name}'}]"
+    times = next((times for times in whole if kernel in times), whole[-1])
+    name = kernel if kernel in times else min(times.keys() - {"float16"}, key=times.get)
+    return f"   [{times['float16']:.1f} / {times[name]:.1f}  {times['float16'] / times[name]:.2f}{'' if name == kernel else f'  {name}'}]"
 
 
 def table(gpu, code, names, tokens, choose):
@@ -316,7 +322,7 @@ def table(gpu, code, names, tokens, choose):
             choice = choose(gpu, code, M, N, K)
             base, ours, kernel = float16_us(gpu, M, N, K), linear_us(gpu, code, M, N, K, *choice), "{}/{}".format(*choice)
             predicted = f"{base:7.1f} / {ours:7.1f}  {base / ours:5.2f}  {kernel:14}"
-            yield f"  {N:6} x {K:5}  {M:5} tokens  {predicted}{beside(times.get((N, K, M), {}), kernel)}"
+            yield f"  {N:6} x {K:5}  {M:5} tokens  {predicted}{beside(times.get((N, K, M), ()), kernel)}"
 
 
 def mean_of_ratios(ratios):

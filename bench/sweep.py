@@ -12,15 +12,16 @@ import torch
 
 from bench.contenders import OURS
 from bench.linears import TOKENS, numbers
-from bench.timing import about, random_matrix, timed
-from bench.tune import add_left_out, layers, packed_copies, times_of
+from bench.timing import SHORTEST, about, random_matrix
+from bench.tune import FINALISTS, add_left_out, layers, packed_copies, times_of
 from kernels import build, cuda
 from recipe import UsageError
 from runtime import write_json
 
 PROTOCOL = {
     "times": "microseconds of quantization and product, median of 7 rounds of one CUDA graph over copies of the weight of more than four "
-    "times the L2 cache; float16: PyTorch's product, in the same way",
+    f"times the L2 cache, all kernels in turn; of float16, PyTorch's product, and of the fastest {FINALISTS} once more, in turn, for "
+    f"{SHORTEST} s each",
     "candidates": "bench.tune's; those that do not make what the first one makes are left out",
     "kernels": "config/splits; dispatched: what would run",
 }
@@ -33,8 +34,9 @@ def label(config, parts):
 def cell(library, device, tokens, rows, columns, left_out=()):
     """For JSON: the time of every kernel, and of float16, for a layer and a number of tokens."""
     x = random_matrix(tokens, columns, torch.float16, device)[None]
-    found = {label(*c): time for c, time in times_of(library, x, packed_copies(rows, columns, device), left_out).items()}
-    base = timed(OURS["float16"].make(rows, columns, device)(tokens), device, graph=device.type == "cuda")["median"]
+    float16 = {"float16": OURS["float16"].make(rows, columns, device)(tokens)}
+    times = times_of(library, x, packed_copies(rows, columns, device), left_out, float16)
+    base, found = times.pop("float16"), {label(*c): time for c, time in times.items()}
     chosen = label(*cuda.dispatch(device, tokens, rows, columns, columns))
     return {"rows": rows, "columns": columns, "tokens": tokens, "float16": base, "times": found, "dispatched": chosen}
 

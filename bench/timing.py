@@ -75,6 +75,7 @@ def ceilings(device):
     """What the machine reaches, measured: {"bytes": a second, "float16", "bfloat16", "int8": operations a second}.
 
     Bytes: the better of copying and summing up.  Operations: PyTorch's products of square matrices of random numbers, the libraries' own.
+    "int8" is the better of 8-bit whole numbers and 8-bit floats, which tensor cores multiply at one rate, but libraries do not.
     """
     gpu = device.type == "cuda"
     n, k = (1 << 28, 8192) if gpu else (1 << 20, 64)
@@ -83,11 +84,31 @@ def ceilings(device):
     target = torch.empty_like(source)
     moved = {"copy": (2, lambda: target.copy_(source)), "sum": (1, lambda: source.view(torch.float32).sum())}
     found = {"bytes": max(times * source.nbytes / timer([call])["median"] * 1e6 for times, call in moved.values())}
-    products = {str(dtype).removeprefix("torch."): (torch.matmul, dtype) for dtype in (torch.float16, torch.bfloat16)}
-    for name, (product, dtype) in (products | {"int8": (torch._int_mm, torch.int8)}).items():
+    products = [(str(dtype).removeprefix("torch."), plain_product, dtype) for dtype in (torch.float16, torch.bfloat16)]
+    products += [("int8", int8_product, torch.int8)] + [("int8", fp8_product, torch.float8_e4m3fn)] * has_fp8(device)
+    for name, product, dtype in products:
         a, b = (random_matrix(k, k, dtype, device) for _ in range(2))
-        found[name] = 2 * k**3 / timer([partial(product, a, b.T)])["median"] * 1e6
+        found[name] = max(found.get(name, 0), 2 * k**3 / timer([product(a, b)])["median"] * 1e6)
     return found
+
+
+def has_fp8(device):
+    """Whether the device multiplies 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def plain_product(x, weight):
+    """A call: x (T, C) times weight (R, C) transposed.  The two below are the same of 8-bit numbers."""
+    return partial(torch.matmul, x, weight.T)
+
+
+def int8_product(x, weight):
+    return partial(torch._int_mm, x, weight.T)
+
+
+def fp8_product(x, weight):
+    scale = torch.ones((), device=x.device)
+    return partial(torch._scaled_mm, x, weight.T, scale_a=scale, scale_b=scale, out_dtype=torch.float16, use_fast_accum=True)
 
 
 def random_matrix(rows, columns, dtype, device):

@@ -12,12 +12,13 @@ import torch
 
 import kernels
 from bench import shapes
-from bench.timing import enough_copies, random_matrix, timed
+from bench.timing import SHORTEST, enough_copies, random_matrix, ready, rounds_in_turn
 from kernels import build, cuda
 from recipe import UsageError
 
 EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; above the last, as for the last
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+FINALISTS = 3  # candidates that are timed for longer
 
 
 def random_weight(rows, columns, groupsize=-1, device="cpu", seed=0):
@@ -92,12 +93,27 @@ def packed_copies(rows, columns, device, groupsize=-1):
     return [weight._replace(packed=weight.packed.clone()) for _ in range(enough_copies(device, weight.packed.numel()))]
 
 
-def times_of(library, x, weights, left_out=()):
-    """{(config, splits): us} of all candidates for x (1, T, C) that agree.  weights: copies of one; left_out: configs."""
+def times_of(library, x, weights, left_out=(), others=None):
+    """{(config, splits): us} of all candidates for x (1, T, C) that agree.  weights: copies of one; left_out: configs.
+
+    All take turns, and then the fastest once more, for SHORTEST seconds each: a GPU that is busy for longer may lower its clock.  others:
+    {name: calls} to time beside them in the same turns.
+    """
     weight, graph = weights[0], x.is_cuda
     found = [c for c in candidates(library, x.shape[1], weight.rows, weight.columns, weight.groupsize) if c[0] not in left_out]
-    right = agreeing(library, x, weight, found)
-    return {c: timed([partial(run, library, x, w, *c) for w in weights], x.device, graph)["median"] for c in right}
+    calls = {c: [partial(run, library, x, w, *c) for w in weights] for c in agreeing(library, x, weight, found)}
+    runs = {name: ready(calls, x.device, graph) for name, calls in (calls | (others or {})).items()}
+    times = medians(rounds_in_turn(runs, x.device, graph))
+    again = {*sorted(calls, key=times.get)[:FINALISTS], *(others or {})}
+    return times | medians(rounds_in_turn({name: runs[name] for name in again}, x.device, graph, shortest=SHORTEST))
+
+
+def medians(found):
+    """{name: us} of what rounds_in_turn gives.  Raises what a kernel raised."""
+    for times in found.values():
+        if isinstance(times, Exception):
+            raise times
+    return {name: times["median"] for name, times in found.items()}
 
 
 def tune_layer(library, device, rows, columns, groupsize, left_out=()):

@@ -113,7 +113,7 @@ def test_the_share_of_what_comes_before_a_product():
 
     report = {
         "layers": [{"rows": 8, "columns": 4}],
-        "cells": [cell(6, rows=8, columns=4, tokens=m, contender="w4a8 product") for m in (1, 2)],
+        "cells": [cell(us, rows=8, columns=4, tokens=m, contender=name) for m in (1, 2) for name, us in (("w4a8 product", 6), ("w4a8", 8))],
         "quantizers": [
             cell(us if m == 1 else None, columns=4, tokens=m, contender=name)
             for m in (1, 2)
@@ -121,7 +121,7 @@ def test_the_share_of_what_comes_before_a_product():
         ],
     }
     heads, *rows = (line.split() for line in linears.shares(report))
-    assert heads[-2:] == ["1", "2"] and [row[-2:] for row in rows] == [["25%", "–"], ["40%", "–"], ["50%", "–"]]
+    assert heads[-2:] == ["1", "2"] and [row[-2:] for row in rows] == [["25%", "25%"], ["40%", "–"], ["50%", "–"]]
 
 
 def test_quantization_alone_is_the_first_step(monkeypatch):

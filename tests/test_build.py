@@ -278,6 +278,14 @@ def test_library_that_does_not_run_is_found_out_before_its_first_call(compiled, 
 # The model of their speed
 
 
+def test_a_prediction_stands_beside_times_of_one_protocol():
+    linears, sweep = {"float16": 10, "a/1": 5}, {"float16": 20, "a/1": 5, "b/2": 4}
+    assert predict.beside([linears, sweep], "a/1") == "   [10.0 / 5.0  2.00]"
+    assert predict.beside([linears, sweep], "b/2") == "   [20.0 / 4.0  5.00]"
+    assert predict.beside([linears, sweep], "c/1") == "   [20.0 / 4.0  5.00  b/2]"
+    assert predict.beside([{"a/1": 5}, {"float16": 20}], "a/1") == predict.beside([], "a/1") == ""
+
+
 def test_a_tool_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(machine_code.shutil, "which", lambda name, path: f"/a/{name}")
     assert machine_code.tool("cuobjdump") == "/a/cuobjdump"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CPU
 
-from bench import shapes, sweep, tune
+from bench import shapes, sweep, timing, tune
 from kernels import cuda
 from recipe import UsageError
 
@@ -136,9 +136,19 @@ def test_a_sweep_has_the_times_of_every_kernel(on_emulator, monkeypatch, capsys)
 
 def test_tuning_measures_as_a_sweep_does(on_emulator, monkeypatch):
     monkeypatch.setattr(tune, "EDGES", (1,))
-    monkeypatch.setattr(tune, "timed", lambda calls, device, graph: {"median": {"128x16": 3, "decode": 4}.get(calls[0].args[3], 5)})
+    seen = []
+
+    def rounds_in_turn(runs, device, graph, shortest=0):
+        """At first "decode_fused" is the fastest, in longer turns "128x16"."""
+        seen.append((set(runs), shortest))
+        us = {"128x16": 3 if shortest else 4, "decode": 5, "decode_fused": 4 if shortest else 3}
+        return {c: {"median": us[c[0]] + c[1] / 100} for c in runs}
+
+    monkeypatch.setattr(tune, "rounds_in_turn", rounds_in_turn)
     assert tune.tune_layer(on_emulator, CPU, 128, 128, -1) == [[1 << 20, "128x16", 1]]
-    assert tune.tune_layer(on_emulator, CPU, 128, 128, -1, ["128x16"]) == [[1 << 20, "decode", 1]]
+    (everything, _), (finalists, longer) = seen
+    assert finalists == {("decode_fused", 1), ("128x16", 1), ("128x16", 2)} < everything and longer == timing.SHORTEST
+    assert tune.tune_layer(on_emulator, CPU, 128, 128, -1, ["128x16"]) == [[1 << 20, "decode_fused", 1, "decode", 1]]
 
 
 def test_tuning_takes_what_is_best_at_both_ends_of_a_bucket(emulated):

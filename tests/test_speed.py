@@ -132,6 +132,19 @@ def test_ceilings_are_of_this_machine():
     assert set(found) == {"bytes", "float16", "bfloat16", "int8"} and all(rate > 1e6 for rate in found.values())
 
 
+def test_the_ceiling_of_8_bits_is_the_better_of_numbers_and_floats(monkeypatch):
+    monkeypatch.setattr(timing, "has_fp8", lambda device: True)
+    for float_us, best in ((5, 5), (20, 10)):
+        us = {torch.int8: 10, torch.float8_e4m3fn: float_us}
+
+        def timed(calls, us=us, **how):
+            of = getattr(calls[0], "args", None)  # of a product, its matrices
+            return {"median": us.get(of[0].dtype, 1) if of else 1}
+
+        monkeypatch.setattr(timing, "timed", timed)
+        assert timing.ceilings(CPU)["int8"] == pytest.approx(2 * 64**3 / best * 1e6)
+
+
 def test_a_graph_keeps_alive_what_it_reads(monkeypatch):
     """On stand-ins for CUDA's graphs: the call runs three times, and what only it knows lives as long as the replay."""
 
