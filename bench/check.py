@@ -1,4 +1,4 @@
-"""Check the CUDA kernels on this GPU, bit for bit: python -m bench.check [--small | --wgmma] [--output_path FILE]
+"""Check the CUDA kernels on this GPU, bit for bit: python -m bench.check [--small] [--wgmma] [--output_path FILE]
 
 Kernels are held to the op in PyTorch, on the CPU for small shapes and on the GPU for real ones.  scripts/gpu_check.sh runs this with
 compute-sanitizer as well.  Exit status 1 if anything differs.
@@ -271,6 +271,11 @@ def by_wgmma(library, device):
                     yield f"{rows}x{columns}, {tokens} tokens / {parts}", torch.equal(y, wanted)
 
 
+def a_few_by_wgmma(library, device):
+    """Of the same kernel, few enough for compute-sanitizer: whole tiles and padded ones, one round of its stages and several, split too."""
+    yield from every_configuration(library, device, ((1, 1, 256, 128), (1, 130, 400, 1856)), TYPES[:1], (1, 3), WGMMA, FEW_GRIDS)
+
+
 SMALL = (a_few_producers, a_few_configurations, largest_sums, refusals)
 CHECKS = (
     every_configuration,
@@ -316,7 +321,8 @@ def main(args):
             write_json(args.output_path, report)
 
     save()  # before long work, as it may not be possible
-    for result in run_checks((by_wgmma,) if args.wgmma else SMALL if args.small else CHECKS, library, device):
+    chosen = {(False, False): CHECKS, (True, False): SMALL, (False, True): (by_wgmma,), (True, True): (a_few_by_wgmma,)}
+    for result in run_checks(chosen[args.small, args.wgmma], library, device):
         report["checks"].append(result)
         save()
     report["finished"] = True
@@ -326,9 +332,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m bench.check", description="Check the CUDA kernels on this GPU against PyTorch.")
-    some = parser.add_mutually_exclusive_group()
-    some.add_argument("--small", action="store_true", help="only small shapes, for compute-sanitizer")
-    some.add_argument("--wgmma", action="store_true", help="only the kernel by wgmma, of compute capability 9.0; without it all others")
+    parser.add_argument("--small", action="store_true", help="only small shapes, for compute-sanitizer")
+    parser.add_argument("--wgmma", action="store_true", help="only the kernel by wgmma, of compute capability 9.0; without it all others")
     parser.add_argument("--output_path", metavar="FILE", help="write results to this JSON")
     try:
         sys.exit(main(parser.parse_args()))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import kernels
 from bench import cublaslt, timing
 from bench.timing import Missing, enough_copies, random_matrix
-from bench.tune import packed_copies, random_weight
+from bench.tune import candidates, equal, packed_copies, random_weight, run
 from kernels import cuda
 
 
@@ -52,9 +52,18 @@ def w4a8(rows, columns, device, together=True):
 
     def calls(tokens):
         x = random_matrix(tokens, columns, torch.float16, device).unsqueeze(0 if together else 1)
+        if device.type == "cuda":
+            check_result(cuda.library(device), x, weights[0])
         return [partial(kernels.w4a8_linear, x, weight) for weight in weights]
 
     return calls
+
+
+def check_result(library, x, weight):
+    """Raises Missing where the kernel that runs makes another result than the plainest one: what is wrong is not timed."""
+    plainest = next(candidates(library, x.shape[0] * x.shape[1], weight.rows, weight.columns, weight.groupsize))
+    if not equal(kernels.w4a8_linear(x, weight), run(library, x, weight, *plainest), weight):
+        raise Missing("makes another result than {}/{}: see bench.check".format(*plainest))
 
 
 def w4a8_product(rows, columns, device):

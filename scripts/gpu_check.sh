@@ -2,8 +2,8 @@
 # The whole check of the CUDA kernels on a machine with an NVIDIA GPU (compute capability 8.0 or newer).  Needs only torch, numpy and nvcc.
 #   bash scripts/gpu_check.sh            build, check bit for bit, compute-sanitizer where it works, a packed checkpoint and the solver where
 #                                        pytest and transformers are installed, times of LLaMA-13B's layers
-#   bash scripts/gpu_check.sh --quick    the same in at most 8 minutes: times first, at five numbers of tokens, and those of every kernel; no step
-#                                        for longer than its limit
+#   bash scripts/gpu_check.sh --quick    the same in at most 8 minutes: times, at five numbers of tokens, and those of every kernel, before the
+#                                        sanitizer; no step for longer than its limit
 #   bash scripts/gpu_check.sh --tune     first measure which kernel is fastest where: kernels/tuning.json (an hour or two)
 # Variables: PYTHON, OUT (a folder, by default results/gpu_check: NAME_OF_THE_GPU.json, what was compared; _wgmma.json, the same of the kernel
 # that only compute capability 9.0 has; _steps.json, how each step went, written after every step; _bench.json, the times; _kernels.json, those of
@@ -27,20 +27,25 @@ CODE
 arch=${gpu%% *} gpu=${gpu#* }
 folder=${OUT:-results/gpu_check}
 files=$folder/${gpu// /_}
+SECONDS=0
 STEPS=${files}_steps.json
 mkdir -p "$folder" && true > "$STEPS" || { echo "gpu_check.sh: $STEPS cannot be written; set OUT" >&2; exit 2; }
 
-table="" steps="" failed=0
+table="" steps="" failed=0 ALL=${ALL:-480}  # seconds of --quick
 note() {  # note STEP SECONDS RESULT: for the table, and into the JSON
   table+=$(printf '%-10s %6s s  %s' "$@")$'\n'
   steps+=${steps:+,}$(printf '\n {"step": "%s", "seconds": %s, "result": "%s"}' "$@")
   printf '{"gpu": "%s", "arch": "%s", "steps": [%s\n]}\n' "$gpu" "$arch" "$steps" > "$STEPS"
 }
-step() {  # step NAME LIMIT COMMAND...: runs it, with --quick for no more seconds than its limit, and notes how it went
+step() {  # step NAME LIMIT COMMAND...: runs it, with --quick for no more seconds than its limit and ALL leave, and notes how it went
   local name=$1 limit=$2 result=ok start=$SECONDS
   shift 2
   echo "== $name: $*"
-  [ "$mode" = --quick ] && set -- timeout "$limit" "$@"
+  if [ "$mode" = --quick ]; then
+    ((SECONDS < ALL)) || { skip "$name" "$ALL s are over"; return 1; }
+    limit=$((limit < ALL - SECONDS ? limit : ALL - SECONDS))
+    set -- timeout "$limit" "$@"
+  fi
   "$@" || { result="FAILED ($?)"; failed=1; }
   [ "$result" = "FAILED (124)" ] && result="FAILED (not done in $limit s)"
   note "$name" $((SECONDS - start)) "$result"
@@ -70,17 +75,20 @@ for tool in memcheck:30 racecheck:50; do
   limit=${tool#*:} tool=${tool%:*}
   if [ -z "$sanitizer" ]; then
     skip $tool "no compute-sanitizer"
-  elif ! probe=$("$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -c "import torch; torch.ones(1).cuda()" 2>&1); then
+  elif ! probe=$(timeout 20 "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -c "import torch; torch.ones(1).cuda()" 2>&1); then
     echo "$probe"
     skip $tool "compute-sanitizer does not work here"
   else  # without PyTorch's cache every tensor has its own bounds
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step $tool "$limit" "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    [ "$tool:$arch" = memcheck:90 ] && step memcheck_wgmma 20 "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small --wgmma
+    step $tool "$limit" "$sanitizer" "${watch[@]}" --tool $tool "$PYTHON" -m bench.check --small
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
   fi
 done
 
 for name in checkpoint:cuda solver:span; do
   file=tests/test_${name#*:}.py
-  if found=$("$PYTHON" -m pytest --collect-only -q "$file" 2>&1); then
+  if found=$(timeout 20 "$PYTHON" -m pytest --collect-only -q "$file" 2>&1); then
     step "${name%:*}" 50 "$PYTHON" -m pytest -q "$file" -k on_a_gpu
   else
     echo "$found"

@@ -178,11 +178,19 @@ def test_gpu_check_tries_wgmma_first_and_alone(tmp_path, monkeypatch):
     assert done.returncode == 1 and f"-m bench.check --wgmma --output_path {tmp_path}/results/NVIDIA_A100_wgmma.json" in calls
     out = f" --output_path {tmp_path}/results/NVIDIA_A100_kernels.json"
     assert f"--seconds 65 --leave_out wgmma256x128{out}" in calls  # nothing that is wrong is timed
-    assert f"--seconds 65{out}" in gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], "nothing at all", "--quick")[2]
+    _, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], "nothing at all", "--quick")
+    assert f"--seconds 65{out}" in calls and "-m bench.check --small --wgmma" in calls
+    assert list(steps)[-5:] == ["memcheck_wgmma", "memcheck", "racecheck", "checkpoint", "solver"]
+
+
+def test_gpu_check_ends_in_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL", "0")
+    done, steps, calls = gpu_check(tmp_path, PROGRAMS, os.environ["PATH"], "nothing at all", "--quick")
+    assert done.returncode == 0 and set(steps.values()) == {"skipped: 0 s are over"} and "-m bench" not in calls
 
 
 def test_gpu_check_skips_what_is_not_there(tmp_path):
-    for tool in ("bash", "sh", "cat", "dirname", "mkdir"):  # all that is on the PATH
+    for tool in ("bash", "sh", "cat", "dirname", "mkdir", "timeout"):  # all that is on the PATH
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done, steps, calls = gpu_check(tmp_path, ["python"], tmp_path, "--collect-only")
     none, skipped = "skipped: no compute-sanitizer", "skipped: needs what requirements.txt lists: gguf"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CPU
 
-from bench import shapes, sweep, timing, tune
+from bench import contenders, shapes, sweep, timing, tune
 from kernels import cuda
 from recipe import UsageError
 
@@ -132,6 +132,14 @@ def test_a_sweep_has_the_times_of_every_kernel(on_emulator, monkeypatch, capsys)
     assert min(one["times"].values()) > 0 and one["float16"] > 0
     sweep.fill(report, todo[:1], on_emulator, CPU, 9, [], lambda: saved.append("done"))
     assert report["finished"] and saved[-1] == "done"
+
+
+def test_the_benchmark_times_no_wrong_result(on_emulator, monkeypatch):
+    x, weight = contenders.random_matrix(17, 128, torch.float16, CPU)[None], tune.random_weight(128, 128)
+    contenders.check_result(on_emulator, x, weight)
+    monkeypatch.setattr(contenders.kernels, "w4a8_linear", lambda x, weight: x.new_zeros(1, 17, 128))
+    with pytest.raises(timing.Missing, match="makes another result than 128x16/1: see bench.check"):
+        contenders.check_result(on_emulator, x, weight)
 
 
 def test_tuning_measures_as_a_sweep_does(on_emulator, monkeypatch):

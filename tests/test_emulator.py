@@ -363,3 +363,10 @@ def test_the_check_of_the_kernel_by_wgmma(emulated, monkeypatch):
     assert sorted(check.CONFIGS + check.WGMMA) == sorted(cuda.CONFIGS)
     monkeypatch.setattr(cuda, "takes", lambda *args: False)
     assert not list(check.by_wgmma(emulated, torch.device("cpu")))
+
+
+def test_what_the_sanitizer_sees_of_the_kernel_by_wgmma(emulated):
+    found = list(check.a_few_by_wgmma(emulated, torch.device("cpu")))
+    assert all(right for _, right in found)
+    assert {what.split(",")[0] for what, _ in found} == {"wgmma256x128 / 1", "wgmma256x128 / 3"}
+    assert {what.split(", ")[1] for what, _ in found} == {"1x1", "1x130"}
