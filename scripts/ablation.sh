@@ -41,6 +41,7 @@ stream-only      --preset plus --target_mix 1
 residual         --preset plus --target residual
 no-bias          --preset plus --no-bias_correction
 tuned            --preset plus --tune_steps 32
+best             --preset best
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
 
