@@ -139,12 +139,17 @@ def add_left_out(parser):
     parser.add_argument("--leave_out", nargs="+", default=[], choices=cuda.CONFIGS, metavar="KERNEL", help=f"of {', '.join(cuda.CONFIGS)}")
 
 
+def kept(table):
+    """What is kept of a GPU's table: nothing, if it is of other kernels."""
+    return table if table and table.get("sources") == build.sources() else {"sources": build.sources(), "cells": {}}
+
+
 def main(args):
     if not torch.cuda.is_available():
         raise UsageError("no GPU: PyTorch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     library, gpu = cuda.library(device), torch.cuda.get_device_name(device)
-    table = cuda.tables().get(gpu, {"cells": {}}) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
+    table = kept(cuda.tables().get(gpu)) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
     for rows, columns in layers(args.models):
         for groupsize in args.groupsize:
             entries = tune_layer(library, device, rows, columns, groupsize, args.leave_out)

@@ -48,7 +48,7 @@ def build(arch):
     if not str(arch).isdigit() or int(arch) < OLDEST:
         raise BuildError(f"compute capability {arch}: must be {OLDEST} or more, without its point, such as 80 (A100) or 90 (H100)")
     flags = (*FLAGS, *TARGETS.get(str(arch), (f"-arch=sm_{arch}",)))
-    key = _hash(platform.machine(), *flags, *(s.read_text() for s in SOURCES))  # machines of several kinds may share a home
+    key = _hash(platform.machine(), *flags, sources())  # machines of several kinds may share a home
     name = f"libawrq_sm{arch}.so"
     try:
         nvcc = find_nvcc()
@@ -65,6 +65,11 @@ def build(arch):
     except OSError as e:
         raise BuildError(f"{folder}: cannot be written ({e.strerror}); set XDG_CACHE_HOME to a folder that can") from e
     return library
+
+
+def sources():
+    """A hash of the kernels' sources."""
+    return _hash(*(s.read_text() for s in SOURCES))
 
 
 def _hash(*parts):

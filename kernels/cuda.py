@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kernels import groups_fault
-from kernels.build import BuildError, build
+from kernels.build import BuildError, build, sources
 from recipe import UsageError
 
 TUNING = Path(__file__).parent / "tuning.json"
@@ -159,9 +159,12 @@ def choose(library, gpu, processors, tokens, rows, columns, groupsize, produced=
 
 
 def chosen_by(gpu):
-    """Where the kernels of a GPU are chosen: {"table": its name or "default", "measured": whether by times}."""
-    table = gpu if gpu in tables() else "default"
-    return {"table": table, "measured": tables()[table]["measured"]}
+    """Where the kernels of a GPU are chosen: {"table": its name or "default", "measured": the cells whose times are of these sources}.
+
+    All other shapes go by the default rules, or by times of older kernels.
+    """
+    table = tables().get(gpu, {})
+    return {"table": gpu if table else "default", "measured": sorted(table["cells"]) if table.get("sources") == sources() else []}
 
 
 def takes(library, config, parts, tokens, rows, columns, groupsize):

@@ -83,9 +83,12 @@ def test_default_rules_take_wgmma_where_it_is(emulated):
 def test_tuning_table_says_what_was_measured(monkeypatch):
     tables = cuda.tables()
     assert tables["default"]["measured"] is False and "Not measured" in tables["default"]["note"]
-    monkeypatch.setattr(cuda, "tables", lambda: tables | {"GPU": {"measured": True}})
-    assert cuda.chosen_by("GPU") == {"table": "GPU", "measured": True}
-    assert cuda.chosen_by("other") == {"table": "default", "measured": False}
+    timed = tune.kept(None) | {"cells": {"128x64": [[1, "decode", 1]]}}
+    older = timed | {"sources": "of another day"}
+    monkeypatch.setattr(cuda, "tables", lambda: tables | {"GPU": timed, "Old": older})
+    assert cuda.chosen_by("GPU") == {"table": "GPU", "measured": ["128x64"]} and tune.kept(timed) is timed
+    assert cuda.chosen_by("Old") == {"table": "Old", "measured": []} and tune.kept(older) == tune.kept(None)
+    assert cuda.chosen_by("other") == {"table": "default", "measured": []}
     monkeypatch.undo()
     for name, table in tables.items():
         for most, *found in (entry for entries in table.get("cells", {}).values() for entry in entries):
