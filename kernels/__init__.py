@@ -316,13 +316,6 @@ def _fake_linear(x, *args):
     return x.new_empty(*x.shape[:2], weight.rows)
 
 
-def groups_fault(groupsize):
-    """Why the CUDA kernels do not take groups of so many columns (-1: whole rows), or None."""
-    if groupsize == -1 or (groupsize % 64 == 0 and groupsize <= 1024):
-        return None
-    return f"groupsize {groupsize}: the CUDA kernels take multiples of 64 up to 1024, or whole rows"
-
-
 def select(kind, device, groupsize=-1):
     """What runs for --kernel auto, cuda or torch on a device: `kernel` of w4a8_linear, and the line to print about it.
 
@@ -334,11 +327,12 @@ def select(kind, device, groupsize=-1):
         return "torch", torch_line
     if device.type != "cuda":
         raise UsageError(f"--kernel cuda: needs an NVIDIA GPU, not --device {device}; choose torch or auto")
-    if fault := groups_fault(groupsize):
+    from kernels import build, cuda  # not at the top, where `python -m kernels.build` would import itself first
+
+    if fault := cuda.groups_fault(groupsize):
         if kind == "cuda":
             raise UsageError(f"--kernel cuda: {fault}; choose torch or auto")
         return "torch", f"{torch_line}, slowly: {fault}"
-    from kernels import build, cuda  # not at the top, where `python -m kernels.build` would import itself first
 
     try:
         cuda.library(device)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from kernels import groups_fault
 from kernels.build import BuildError, build, sources
 from recipe import UsageError
 
@@ -211,6 +210,13 @@ def launch(library, x, y, weight, acts, lengths, config, parts, stream, empty, p
         where = f"w4a8_linear: x {tuple(x.shape)}, weight ({weight.rows}, {weight.columns}), groupsize {weight.groupsize}, {config}"
         raise ValueError(f"{where}: {error}") if code < 0 else RuntimeError(f"{where}: CUDA: {error}")
     return y
+
+
+def groups_fault(groupsize):
+    """Why the kernels do not take groups of so many columns (-1: whole rows), or None."""
+    if groupsize == -1 or (groupsize % 64 == 0 and groupsize <= 1024):
+        return None
+    return f"groupsize {groupsize}: the CUDA kernels take multiples of 64 up to 1024, or whole rows"
 
 
 def linear(x, weight, act_bits, per_token, sym, lengths, producer):
