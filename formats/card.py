@@ -15,6 +15,7 @@ from runtime import replace_text
 CARD = "README.md"
 PAPER = "https://github.com/linzhao-ai/AWRQ"
 MB = 1e6
+WRITTEN = ("method", "seed", "act_bits", "min")  # also where they are the default: the scripts have their own of the last two
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def base_license(model):
 
 
 def settings_yaml(recipe):
-    """The settings of a recipe that are not the default, as --recipe takes them."""
+    """The settings of a recipe that are WRITTEN or not the default, as --recipe takes them."""
     default = asdict(Recipe())
-    lines = {name: value for name, value in asdict(recipe).items() if value != default[name] or name in ("method", "seed")}
+    lines = {name: value for name, value in asdict(recipe).items() if value != default[name] or name in WRITTEN}
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items())
 
 
