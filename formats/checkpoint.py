@@ -26,7 +26,7 @@ from formats.codes import PARTS, packed_linear, unpacked_linear, without_codes
 from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
-from modelutils import Decoder, load_config, run_dtype, skeleton
+from modelutils import Decoder, load_config, run_dtype, save_tokenizer, skeleton
 from processes import ALONE
 from quant import from_int, replace_linears, use_integers
 from recipe import METHODS, Recipe, UsageError
@@ -110,7 +110,7 @@ def write_about(folder, decoder, tokenizer, quantization_config):
     config.dtype, config.quantization_config = decoder.stored_dtype, quantization_config
     try:
         if tokenizer is not None:  # a whole model knows of none
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         config.save_pretrained(folder)
         decoder.skeleton.generation_config.to_json_file(folder / GENERATION)  # as it is: save_pretrained refuses some of the hub's
     except Exception as e:  # transformers raises whatever its backends do
