@@ -25,7 +25,7 @@ from formats.card import Reader, size_line, tensor_bytes, write_card
 from formats.codes import PARTS, packed_linear, unpacked_linear, without_codes
 from formats.names import tied_names
 from formats.original import assign
-from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
+from formats.shards import REMEDY, data_bytes, new_folder, read_index, read_json, read_shard, write_shard
 from modelutils import Decoder, load_config, run_dtype, save_tokenizer, skeleton
 from processes import ALONE
 from quant import from_int, replace_linears, use_integers
@@ -344,7 +344,7 @@ class Published(Store):
     def __init__(self, original, recipe, folder):
         """original: a Decoder of the skeleton alone.  Raises UsageError for an index that is not of this model."""
         super().__init__(original, recipe, folder)
-        index = read_json(self.folder / INDEX, ("weight_map", "sha256"))
+        index = read_index(self.folder / INDEX, ("weight_map", "sha256"))
         shards = {file: {} for file in sorted(set(index["weight_map"].values()))}
         for name, file in index["weight_map"].items():
             shards[file][name] = index["sha256"][name]

@@ -270,6 +270,16 @@ DAMAGE = {
         UsageError,
         ["index.json", "damaged", "sha256"],
     ),
+    "a checksum less": (
+        lambda f: edit(f / "awrq.safetensors.index.json", lambda c: c["sha256"].pop("model.decoder.layers.1.fc1.codes")),
+        UsageError,
+        ["index.json", "damaged", "sha256", "model.decoder.layers.1.fc1.codes"],
+    ),
+    "a list of tensors": (
+        lambda f: edit(f / "awrq.safetensors.index.json", lambda c: c.update(weight_map=[*c["weight_map"]])),
+        UsageError,
+        ["index.json", "damaged", "weight_map"],
+    ),
     "no generation config": (lambda f: (f / "generation_config.json").unlink(), UsageError, ["generation_config.json", "missing"]),
     "a setting out of range": (
         lambda f: edit(f / "config.json", lambda c: c["quantization_config"]["recipe"].update(wbits=99)),
