@@ -12,6 +12,7 @@ with R rows, C columns and G groups of columns a shard has
 and of everything else its tensor, under its name in the model.  The index says which shard a tensor is in, and its sha256.
 """
 
+import math
 import os
 import shutil
 from copy import copy, deepcopy
@@ -22,7 +23,7 @@ import torch
 from transformers import GenerationConfig
 
 from formats.card import Reader, size_line, tensor_bytes, write_card
-from formats.codes import PARTS, packed_linear, unpacked_linear, without_codes
+from formats.codes import PARTS, packed_linear, packed_shapes, unpacked_linear, without_codes
 from formats.names import tied_names
 from formats.original import assign
 from formats.shards import REMEDY, data_bytes, new_folder, read_index, read_json, read_shard, write_shard
@@ -426,5 +427,6 @@ def packed_bytes(decoder, recipe):
     linears, size = tuple(f".{name}.weight" for name in decoder.linears), 0
     for name, tensor in decoder.skeleton.state_dict().items():
         rounded = recipe.wbits < 16 and name.endswith(linears)
-        size += tensor.numel() * (recipe.wbits / 8 if rounded else decoder.stored_dtype.itemsize)
-    return int(size)
+        parts = packed_shapes(tensor.shape, recipe).values() if rounded else [(tensor.shape, decoder.stored_dtype)]
+        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    return size

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from evaluation.perplexity import perplexity
-from formats.checkpoint import FORMAT, Store, check_packable, load_packed_config, open_checkpoint
+from formats.card import tensor_bytes
+from formats.checkpoint import FORMAT, Store, check_packable, load_packed_config, open_checkpoint, packed_bytes
 from formats.codes import pack, unpack
 from formats.export import export
 from formats.shards import new_folder
@@ -230,6 +231,12 @@ def test_the_size(tmp_path):
     packed = 2 * sum(t.nbytes for name, t in stored.items() if "proj" in name)
     fp16 = 2 * sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
     assert packed / fp16 < 0.29 and f"take {packed / 2**20:.2f} MiB, {packed / fp16:.3f} of the {fp16 / 2**20:.2f} MiB" in size
+
+
+@pytest.mark.parametrize("settings", [{"wbits": 2}, {"wbits": 3, "groupsize": 24}, {"wbits": 4}, {"wbits": 5}], ids=settings_id)
+def test_the_size_is_known_before(tmp_path, settings):
+    store = saved(tmp_path / "saved", tiny_model("llama", "plain"), {"method": "rtn"} | settings)
+    assert packed_bytes(store.original, store.recipe) == sum(tensor_bytes(tmp_path / "saved").values())
 
 
 def test_transformers_alone_refuses_it(folder, monkeypatch):
