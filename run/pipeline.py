@@ -24,7 +24,17 @@ from modelutils import check_vocabulary, default_walk_batch, load_config, load_t
 from processes import ALONE, World
 from recipe import METHODS, Recipe, UsageError
 from rotate import check_stream, rotated, untying
-from run.checks import check_lengths, check_same, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
+from run.checks import (
+    check_lengths,
+    check_same,
+    check_scratch,
+    check_sharing,
+    check_space,
+    check_targets,
+    check_text,
+    check_timed,
+    check_writable,
+)
 from run.publish import results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
@@ -90,6 +100,7 @@ def execute(run, launch=None):
         evaluated, run.corpora, tokenizer, (run.data_dir, run.text_field), clock, subject.calibration, run.eval_windows
     )
     check_vocabulary(subject.config, [ids, *texts.values()])
+    check_timed(run, texts)
     protocol["tasks"] = task_protocols(tasks, run, tokenizer)
     check_same(world, protocol, ids, texts)
 
