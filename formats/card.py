@@ -88,10 +88,12 @@ def settings_yaml(recipe):
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items())
 
 
-def calibration_line(used):
-    """What a model was calibrated on, in a line.  used: the protocol of a calibration, or None."""
+def calibration_line(used, recipe):
+    """What a model was calibrated on, in a line.  used: the protocol of a calibration, or None if it is not known."""
+    if not recipe.calibrated:
+        return "It needed no calibration text."
     if not used:
-        return "It needed no calibration text, or its origin is not known."
+        return "What it was calibrated on is not known."
     tuned = f", tuned on {used['tune_samples']} more" if "tune_samples" in used else ""
     return f"Calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}{tuned}."
 
@@ -126,7 +128,7 @@ def model_card(about, recipe, kind, readers, size):
 
 ## How it was made
 
-{calibration_line(about.get("calibration"))} Settings, as `--recipe FILE` takes them; all others are the default:
+{calibration_line(about.get("calibration"), recipe)} Settings, as `--recipe FILE` takes them; all others are the default:
 
 ```yaml
 {settings_yaml(recipe)}```
