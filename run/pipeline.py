@@ -35,7 +35,7 @@ from run.checks import (
     check_timed,
     check_writable,
 )
-from run.publish import results_text
+from run.publish import EXPORTED, results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
 from run.tune import check_room, tune
@@ -370,8 +370,10 @@ def generating(decoder, arithmetic, device):
 
 def publish(run, measured):
     """Put what was measured, Markdown or "", into the cards of the folders that the run wrote, and send one to the hub if that is asked."""
-    written = [folder for folder in (run.save, run.export and run.export[1]) if folder]
-    for folder in written if measured else ():
-        add_results(folder, measured)
+    exported = run.export and run.export[1]
+    for folder, note in ((run.save, ""), (exported, EXPORTED)):
+        if folder and measured:
+            add_results(folder, note + measured)
     if run.push_to_hub:
-        print(f"{written[0]}: sent to https://huggingface.co/{push(written[0], run.push_to_hub)}")
+        folder = run.save or exported
+        print(f"{folder}: sent to https://huggingface.co/{push(folder, run.push_to_hub)}")

@@ -37,6 +37,7 @@ def test_every_folder_has_a_valid_card(cli, tmp_path, corpora):
         assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE") and "language" not in data
         assert {library, "w4a8"} <= set(data["tags"]) and command in card.text and str(tmp_path) not in card.content
         assert f"{ppl:.4f}" in card.text and "windows of 16 tokens" in card.text and "wbits: 4" in card.text
+        assert ("before the export" in card.text) == (folder.name == "exported"), "a reader of it can compute otherwise"
     assert base_name("meta-llama/Llama-2-7b") == "meta-llama/Llama-2-7b" and base_license(tmp_path) == {}
 
 
