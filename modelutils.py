@@ -1,9 +1,11 @@
 """Decoder models: configuration and tokenizer, and a decoder whose blocks come from a source, one at a time."""
 
+import json
 import os
 from contextlib import ExitStack, suppress
 from copy import copy, deepcopy
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
@@ -20,7 +22,7 @@ from formats.original import Original, assign
 from formats.shards import Tensors, find_weights
 from quant import Batch
 from recipe import UsageError
-from runtime import find_place, first_lines, free_memory, release, total_memory, trim
+from runtime import find_place, first_lines, free_memory, release, total_memory, trim, write_json
 
 # ---------------------------------------------------------------------------
 # Configuration and tokenizer
@@ -99,6 +101,14 @@ def load_tokenizer(name):
     if get_tokenizer_config(name).get("add_bos_token") and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         tokenizer.add_bos_token = True
     return tokenizer
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write a tokenizer so that load_tokenizer gives the same; transformers leaves out that it adds a first token."""
+    tokenizer.save_pretrained(folder)
+    if getattr(tokenizer, "add_bos_token", False):
+        path = Path(folder, "tokenizer_config.json")
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": True})
 
 
 def check_vocabulary(config, texts):

@@ -119,6 +119,16 @@ class Recipe:
         return self.act_bits, self.act_pertoken, self.act_sym
 
     @property
+    def collects(self):
+        """Whether statistics of the calibration text are collected."""
+        return bool(METHODS[self.method].stats or self.smooth or self.bias_correction)
+
+    @property
+    def calibrated(self):
+        """Whether the quantized model depends on the calibration text."""
+        return self.collects or self.tune_steps > 0
+
+    @property
     def tune_samples(self):
         """How many calibration sequences there are to tune on, drawn after the `nsamples` that the codes are fitted to."""
         return min(TUNE_SAMPLES, STEP_SAMPLES * self.tune_steps)

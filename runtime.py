@@ -25,6 +25,10 @@ from recipe import UsageError
 
 LIBC = ctypes.CDLL(None)
 M_MMAP_THRESHOLD, MAPPED = -3, 4 << 20  # of glibc's mallopt
+GROUP_FILES = {  # by the kind of a control group, versions 2 and 1: its limit, its use, and what of that are files that may be dropped
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "accelerate", "numpy", "safetensors")
 
 # ---------------------------------------------------------------------------
@@ -81,7 +85,31 @@ def host_memory():
     import psutil  # which checking and timing the kernels do without
 
     memory, processes = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return SimpleNamespace(total=memory.total // processes, available=memory.available // processes)
+    total, available = map(min, zip((memory.total, memory.available), *group_memory(), strict=True))
+    return SimpleNamespace(total=total // processes, available=available // processes)
+
+
+def group_memory(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """[(limit, what is left of it)] in bytes of the control groups of this process, by which containers and batch systems limit memory.
+
+    root, own: where Linux has the groups, and the names of this process's.
+    """
+    found = []
+    with suppress(OSError):
+        for _, kind, name in (line.split(":", 2) for line in Path(own).read_text().splitlines()):
+            leaf = Path(root, kind, name.lstrip("/"))
+            for group in (leaf, *leaf.parents) if kind in GROUP_FILES else ():  # the limit can be that of any, or of a container's root
+                found += room_in(group, *GROUP_FILES[kind])
+    return found
+
+
+def room_in(group, limit, used, cache):
+    """[(limit, what is left of it)] of the folder of a control group, [] if it has no limit; the others: see GROUP_FILES."""
+    with suppress(OSError, ValueError):  # no folder of a group, or "max"
+        most, taken = (int((group / file).read_text()) for file in (limit, used))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return [(most, max(0, most - taken + int(stat.get(cache, 0))))]
+    return []
 
 
 def peak_bytes(device):

@@ -250,6 +250,16 @@ def _pieces(key, context, continuation, size):
         yield key if len(continuation) <= size else None, context + continuation[:i], continuation[i : i + size]
 
 
+def padding_token(tokenizer, vocab_size):
+    """The id of a token to pad with that the model knows: of the tokenizer's own, in lm-eval's order, else any of its special ones.
+
+    What it generates after the end of a row is padding too, and decoding leaves out only special tokens.  Token 0 where there is none:
+    then nothing is generated, as that needs an EOS token.
+    """
+    found = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids)
+    return next((token for token in found if token is not None and token < vocab_size), 0)
+
+
 class QuantizedLM(huggingface.HFLM):
     """lm-eval's adapter and scorer for a model of transformers, which also tells quantized linears which tokens are padding."""
 
@@ -258,8 +268,7 @@ class QuantizedLM(huggingface.HFLM):
     def __init__(self, model, tokenizer, batch_size=1, world=ALONE):
         """batch_size: a number or "auto"; world: the processes.World, of which each process has its share of the items."""
         own = deepcopy(tokenizer)  # lm-eval sets its pad token, and --save writes the model's
-        if own.pad_token_id is None or own.pad_token_id >= model.config.vocab_size:  # lm-eval would add one that the model does not know
-            own.pad_token = own.convert_ids_to_tokens(0)  # which one does not matter, as our linears know what is padding
+        own.pad_token_id = padding_token(own, model.config.vocab_size)
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
         self.world = world
 

@@ -15,6 +15,7 @@ from runtime import replace_text
 CARD = "README.md"
 PAPER = "https://github.com/linzhao-ai/AWRQ"
 MB = 1e6
+WRITTEN = ("method", "seed", "act_bits", "min")  # also where they are the default: the scripts have their own of the last two
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,18 @@ def base_license(model):
 
 
 def settings_yaml(recipe):
-    """The settings of a recipe that are not the default, as --recipe takes them."""
+    """The settings of a recipe that are WRITTEN or not the default, as --recipe takes them."""
     default = asdict(Recipe())
-    lines = {name: value for name, value in asdict(recipe).items() if value != default[name] or name in ("method", "seed")}
+    lines = {name: value for name, value in asdict(recipe).items() if value != default[name] or name in WRITTEN}
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items())
 
 
-def calibration_line(used):
-    """What a model was calibrated on, in a line.  used: the protocol of a calibration, or None."""
+def calibration_line(used, recipe):
+    """What a model was calibrated on, in a line.  used: the protocol of a calibration, or None if it is not known."""
+    if not recipe.calibrated:
+        return "It needed no calibration text."
     if not used:
-        return "It needed no calibration text, or its origin is not known."
+        return "What it was calibrated on is not known."
     tuned = f", tuned on {used['tune_samples']} more" if "tune_samples" in used else ""
     return f"Calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}{tuned}."
 
@@ -125,7 +128,7 @@ def model_card(about, recipe, kind, readers, size):
 
 ## How it was made
 
-{calibration_line(about.get("calibration"))} Settings, as `--recipe FILE` takes them; all others are the default:
+{calibration_line(about.get("calibration"), recipe)} Settings, as `--recipe FILE` takes them; all others are the default:
 
 ```yaml
 {settings_yaml(recipe)}```

@@ -12,6 +12,7 @@ with R rows, C columns and G groups of columns a shard has
 and of everything else its tensor, under its name in the model.  The index says which shard a tensor is in, and its sha256.
 """
 
+import math
 import os
 import shutil
 from copy import copy, deepcopy
@@ -22,11 +23,11 @@ import torch
 from transformers import GenerationConfig
 
 from formats.card import Reader, size_line, tensor_bytes, write_card
-from formats.codes import PARTS, packed_linear, unpacked_linear, without_codes
+from formats.codes import PARTS, packed_linear, packed_shapes, unpacked_linear, without_codes
 from formats.names import tied_names
 from formats.original import assign
-from formats.shards import REMEDY, data_bytes, new_folder, read_json, read_shard, write_shard
-from modelutils import Decoder, load_config, run_dtype, skeleton
+from formats.shards import REMEDY, data_bytes, new_folder, read_index, read_json, read_shard, write_shard
+from modelutils import Decoder, load_config, run_dtype, save_tokenizer, skeleton
 from processes import ALONE
 from quant import from_int, replace_linears, use_integers
 from recipe import METHODS, Recipe, UsageError
@@ -110,7 +111,7 @@ def write_about(folder, decoder, tokenizer, quantization_config):
     config.dtype, config.quantization_config = decoder.stored_dtype, quantization_config
     try:
         if tokenizer is not None:  # a whole model knows of none
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         config.save_pretrained(folder)
         decoder.skeleton.generation_config.to_json_file(folder / GENERATION)  # as it is: save_pretrained refuses some of the hub's
     except Exception as e:  # transformers raises whatever its backends do
@@ -344,7 +345,7 @@ class Published(Store):
     def __init__(self, original, recipe, folder):
         """original: a Decoder of the skeleton alone.  Raises UsageError for an index that is not of this model."""
         super().__init__(original, recipe, folder)
-        index = read_json(self.folder / INDEX, ("weight_map", "sha256"))
+        index = read_index(self.folder / INDEX, ("weight_map", "sha256"))
         shards = {file: {} for file in sorted(set(index["weight_map"].values()))}
         for name, file in index["weight_map"].items():
             shards[file][name] = index["sha256"][name]
@@ -426,5 +427,6 @@ def packed_bytes(decoder, recipe):
     linears, size = tuple(f".{name}.weight" for name in decoder.linears), 0
     for name, tensor in decoder.skeleton.state_dict().items():
         rounded = recipe.wbits < 16 and name.endswith(linears)
-        size += tensor.numel() * (recipe.wbits / 8 if rounded else decoder.stored_dtype.itemsize)
-    return int(size)
+        parts = packed_shapes(tensor.shape, recipe).values() if rounded else [(tensor.shape, decoder.stored_dtype)]
+        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    return size

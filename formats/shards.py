@@ -94,7 +94,7 @@ def find_weights(name):
 
 def _find_shards(name, index, opened):
     """The Shards that an index lists."""
-    weight_map = read_json(index, ("weight_map",))["weight_map"]
+    weight_map = read_index(index, ("weight_map",))["weight_map"]
     files = sorted(set(weight_map.values()))
     paths = [Path(name, file) for file in files] if os.path.isdir(name) else cached_files(name, files)
     for path in paths:
@@ -222,6 +222,17 @@ def read_json(path, keys):
         return content | {key: content[key] for key in keys}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{path}: missing or damaged ({type(e).__name__}: {e}); take it from a copy, or make the folder anew") from e
+
+
+def read_index(path, keys):
+    """An object that has these keys, each with a text for every tensor.  Raises UsageError if it is missing or damaged."""
+    content = read_json(path, keys)
+    for key in keys:
+        if not (isinstance(content[key], dict) and all(isinstance(value, str) for value in content[key].values())):
+            raise UsageError(f"{path}: damaged, {key} is not an object with a text for every tensor; {REMEDY}")
+        for name in sorted(content[key].keys() ^ content[keys[0]].keys()):
+            raise UsageError(f"{path}: damaged, only one of {keys[0]} and {key} has the tensor {name}; {REMEDY}")
+    return content
 
 
 # ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A whole quantized model: loaded from a folder of ours, and written into one again by its own save_pretrained and push_to_hub."""
 
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -131,11 +132,27 @@ def write(store, folder, name, about):
             warnings.warn(f"{folder}: written without a tokenizer, which --load needs: {e}", stacklevel=3)
     if not folder.is_dir() or not any(folder.iterdir()):
         return store.save(folder, tokenizer, about)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
-        made = Path(scratch, "made")
-        store.save(made, tokenizer, about)
-        for old in folder.glob(f"{FILES}-*.safetensors"):
-            old.unlink()
+    made = Path(tempfile.mkdtemp(dir=folder, prefix=f"{FILES}-"))  # in it, as another place can be on another disk
+    try:
+        store.finish(made, tokenizer, about)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return move_files(made, folder)
+
+
+def move_files(made, folder):
+    """Move a finished folder's files into another and remove the shards of the model there, which is without an index meanwhile.
+
+    Raises OSError, which says where the rest is, if a file cannot be moved.
+    """
+    old = {path.name for path in folder.glob(f"{FILES}-*.safetensors")} - {path.name for path in made.iterdir()}
+    try:
+        (folder / INDEX).unlink(missing_ok=True)
         for path in sorted(made.iterdir(), key=lambda path: path.name == INDEX):  # the index last: without it there is no model
             os.replace(path, folder / path.name)
-    return None
+    except OSError as e:
+        raise OSError(f"{folder}: not all of the model could be moved there ({e.strerror}); the rest is in {made}, move that") from e
+    made.rmdir()
+    for name in old:
+        (folder / name).unlink()

@@ -60,6 +60,14 @@ def check_lengths(run, config):
             raise UsageError(f"--{flag} {tokens}: must be {least} to {context} tokens, the model's context")
 
 
+def check_timed(run, texts):
+    """Raises UsageError unless the first corpus has the tokens that the benchmarks read.  texts: {corpus: ids (N,)}."""
+    for flag in ("benchmark", "benchmark_prefill"):
+        tokens = getattr(run, flag)
+        if tokens and tokens > (there := len(texts[run.corpora[0]])):
+            raise UsageError(f"--{flag} {tokens}: the text of {run.corpora[0]} has {there} tokens; give fewer")
+
+
 def check_targets(run, subject):
     """Raises UsageError if something that the run will write cannot be written, as far as this can be seen beforehand."""
     if run.save or run.checkpoint_dir:

@@ -24,8 +24,18 @@ from modelutils import check_vocabulary, default_walk_batch, load_config, load_t
 from processes import ALONE, World
 from recipe import METHODS, Recipe, UsageError
 from rotate import check_stream, rotated, untying
-from run.checks import check_lengths, check_same, check_scratch, check_sharing, check_space, check_targets, check_text, check_writable
-from run.publish import results_text
+from run.checks import (
+    check_lengths,
+    check_same,
+    check_scratch,
+    check_sharing,
+    check_space,
+    check_targets,
+    check_text,
+    check_timed,
+    check_writable,
+)
+from run.publish import EXPORTED, results_text
 from run.quantize import calibration_place, quantize_blocks
 from run.report import Record, show
 from run.tune import check_room, tune
@@ -39,6 +49,7 @@ class Subject:
     model: str  # the name of the unquantized one
     config: object  # its configuration
     recipe: Recipe
+    seqlen: int  # tokens of a window of evaluation, which with --load need not be the recipe's
     tokenizer: object
     calibration: dict | None = None  # the protocol of the calibration, if it has been done
 
@@ -76,18 +87,20 @@ def execute(run, launch=None):
     check_corpora(recipe.calib_data if calibrates else None, run.corpora, run.data_dir)
     tasks = find_tasks(run, subject)
     most = recipe.nsamples // world.size if world.size > 1 else None  # so that each process has some
-    walk_batch = run.walk_batch or default_walk_batch(subject.config, recipe.seqlen, device, most)
-    walk = Walk(recipe.seqlen, world.share(walk_batch), world)
+    walk_batch = run.walk_batch or default_walk_batch(subject.config, subject.seqlen, device, most)
+    walk = Walk(subject.seqlen, world.share(walk_batch), world)
 
     # ---- Model and text: the headers of the weights, then all tokens ----
     with clock("loading"):
         decoder = (open_quantized if run.load else open_original)(run, subject, device)
         original = open_decoder(subject.model, run.dtype, device) if run.load and run.compare_full else decoder
     check_space(run, subject, decoder)
+    evaluated = replace(recipe, seqlen=subject.seqlen)
     ids, texts, protocol = load_text(
-        recipe, run.corpora, tokenizer, (run.data_dir, run.text_field), clock, subject.calibration, run.eval_windows
+        evaluated, run.corpora, tokenizer, (run.data_dir, run.text_field), clock, subject.calibration, run.eval_windows
     )
     check_vocabulary(subject.config, [ids, *texts.values()])
+    check_timed(run, texts)
     protocol["tasks"] = task_protocols(tasks, run, tokenizer)
     check_same(world, protocol, ids, texts)
 
@@ -127,7 +140,7 @@ def to_quantize(run):
     context = config.max_position_embeddings
     recipe = with_seqlen(run.recipe, run.seqlen or min(2048, context), context)
     check_stream(config, recipe.rotate, recipe.target)
-    return Subject(run.model, config, recipe, load_tokenizer(run.model))
+    return Subject(run.model, config, recipe, recipe.seqlen, load_tokenizer(run.model))
 
 
 def to_evaluate(run):
@@ -144,8 +157,9 @@ def to_evaluate(run):
         raise UsageError(
             f"--arithmetic integers: {run.load} has {about['recipe'].wbits}-bit weights, and they take up to 4 bits; leave it out"
         )
-    recipe = with_seqlen(about["recipe"], run.seqlen or about["recipe"].seqlen, config.max_position_embeddings)
-    return Subject(model, config, recipe, load_tokenizer(run.load), about.get("calibration") or {})
+    recipe = about["recipe"]
+    seqlen = with_seqlen(recipe, run.seqlen or recipe.seqlen, config.max_position_embeddings).seqlen
+    return Subject(model, config, recipe, seqlen, load_tokenizer(run.load), about.get("calibration") or {})
 
 
 def is_original(name, script):
@@ -356,8 +370,10 @@ def generating(decoder, arithmetic, device):
 
 def publish(run, measured):
     """Put what was measured, Markdown or "", into the cards of the folders that the run wrote, and send one to the hub if that is asked."""
-    written = [folder for folder in (run.save, run.export and run.export[1]) if folder]
-    for folder in written if measured else ():
-        add_results(folder, measured)
+    exported = run.export and run.export[1]
+    for folder, note in ((run.save, ""), (exported, EXPORTED)):
+        if folder and measured:
+            add_results(folder, note + measured)
     if run.push_to_hub:
-        print(f"{written[0]}: sent to https://huggingface.co/{push(written[0], run.push_to_hub)}")
+        folder = run.save or exported
+        print(f"{folder}: sent to https://huggingface.co/{push(folder, run.push_to_hub)}")

@@ -2,6 +2,8 @@
 
 from run.report import table, task_table
 
+EXPORTED = "Computed by AWRQ before the export; what reads this format, as llama.cpp, may compute other numbers.\n\n"
+
 
 def results_text(report):
     """The perplexities and tasks of a report with their protocol; "" if it has none."""

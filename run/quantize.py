@@ -227,8 +227,8 @@ def quantize_blocks(decoder, ids, recipe, store, place=None, walk_batch=1, clock
         yield [Layer(**layer) for layer in store.layers[i]]
     if store.finished == len(decoder):
         return
-    if METHODS[recipe.method].stats is None and not recipe.smooth and not recipe.bias_correction:
-        ids = ids[:1]  # this method collects no statistics: one sequence is enough for the errors
+    if not recipe.collects:
+        ids = ids[:1]  # one sequence is enough for the errors
     batches = world.own(ids.split(walk_batch))
     guidance = {}
     if recipe.guided and METHODS[recipe.method].stats:

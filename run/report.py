@@ -279,7 +279,7 @@ def describe(report):
     calib = (
         f"calibrated on {used['nsamples']} x {used['seqlen']} tokens of {used['corpus']} {used['split']}, seed {used['seed']}"
         + (f", tuned on {used['tune_samples']} more" if "tune_samples" in used else "")
-        if used
+        if used and Recipe(**recipe).calibrated
         else ""
     )
     lines = [

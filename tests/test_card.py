@@ -12,7 +12,7 @@ from test_checkpoint import TYPES, recipe, saved
 from test_runs import AWRQ
 from test_runs import cli as cli
 
-from formats.card import base_license, base_name, calibration_line, size_line, tensor_bytes
+from formats.card import base_license, base_name, calibration_line, model_card, size_line, tensor_bytes
 from formats.checkpoint import stored
 from formats.export import export
 from formats.whole import load
@@ -37,14 +37,26 @@ def test_every_folder_has_a_valid_card(cli, tmp_path, corpora):
         assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE") and "language" not in data
         assert {library, "w4a8"} <= set(data["tags"]) and command in card.text and str(tmp_path) not in card.content
         assert f"{ppl:.4f}" in card.text and "windows of 16 tokens" in card.text and "wbits: 4" in card.text
+        assert ("before the export" in card.text) == (folder.name == "exported"), "a reader of it can compute otherwise"
     assert base_name("meta-llama/Llama-2-7b") == "meta-llama/Llama-2-7b" and base_license(tmp_path) == {}
 
 
 def test_what_a_card_says_of_calibration():
     used = {"nsamples": 3, "seqlen": 16, "corpus": "c4", "split": "train", "seed": 0}
-    assert calibration_line(used) == "Calibrated on 3 x 16 tokens of c4 train, seed 0."
-    assert calibration_line(used | {"tune_samples": 8}) == "Calibrated on 3 x 16 tokens of c4 train, seed 0, tuned on 8 more."
-    assert "no calibration text" in calibration_line(None)
+    assert calibration_line(used, recipe()) == "Calibrated on 3 x 16 tokens of c4 train, seed 0."
+    assert calibration_line(used | {"tune_samples": 8}, recipe()) == "Calibrated on 3 x 16 tokens of c4 train, seed 0, tuned on 8 more."
+    assert "not known" in calibration_line(None, recipe())
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrated"),
+    [({}, False), ({"smooth": True}, True), ({"bias_correction": True}, True), ({"tune_steps": 1}, True), ({"method": "gptq"}, True)],
+    ids=str,
+)
+def test_what_needs_no_calibration_text_says_so(settings, calibrated):
+    about = {"calibration": {"nsamples": 3, "seqlen": 16, "corpus": "c4", "split": "train", "seed": 0}}
+    card = model_card(about, recipe(**{"method": "rtn"} | settings), ("transformers", ()), [], "")
+    assert ("Calibrated on" in card, "needed no calibration text" in card) == (calibrated, not calibrated)
 
 
 def test_sizes_by_part(tmp_path):

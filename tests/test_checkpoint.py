@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from evaluation.perplexity import perplexity
-from formats.checkpoint import FORMAT, Store, check_packable, load_packed_config, open_checkpoint
+from formats.card import tensor_bytes
+from formats.checkpoint import FORMAT, Store, check_packable, load_packed_config, open_checkpoint, packed_bytes
 from formats.codes import pack, unpack
 from formats.export import export
 from formats.shards import new_folder
@@ -232,6 +233,12 @@ def test_the_size(tmp_path):
     assert packed / fp16 < 0.29 and f"take {packed / 2**20:.2f} MiB, {packed / fp16:.3f} of the {fp16 / 2**20:.2f} MiB" in size
 
 
+@pytest.mark.parametrize("settings", [{"wbits": 2}, {"wbits": 3, "groupsize": 24}, {"wbits": 4}, {"wbits": 5}], ids=settings_id)
+def test_the_size_is_known_before(tmp_path, settings):
+    store = saved(tmp_path / "saved", tiny_model("llama", "plain"), {"method": "rtn"} | settings)
+    assert packed_bytes(store.original, store.recipe) == sum(tensor_bytes(tmp_path / "saved").values())
+
+
 def test_transformers_alone_refuses_it(folder, monkeypatch):
     for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
         monkeypatch.delitem(mapping, "awrq", raising=False)  # that of awrq_hf, if another test imported it
@@ -269,6 +276,16 @@ DAMAGE = {
         lambda f: edit(f / "awrq.safetensors.index.json", lambda c: c.pop("sha256")),
         UsageError,
         ["index.json", "damaged", "sha256"],
+    ),
+    "a checksum less": (
+        lambda f: edit(f / "awrq.safetensors.index.json", lambda c: c["sha256"].pop("model.decoder.layers.1.fc1.codes")),
+        UsageError,
+        ["index.json", "damaged", "sha256", "model.decoder.layers.1.fc1.codes"],
+    ),
+    "a list of tensors": (
+        lambda f: edit(f / "awrq.safetensors.index.json", lambda c: c.update(weight_map=[*c["weight_map"]])),
+        UsageError,
+        ["index.json", "damaged", "weight_map"],
     ),
     "no generation config": (lambda f: (f / "generation_config.json").unlink(), UsageError, ["generation_config.json", "missing"]),
     "a setting out of range": (

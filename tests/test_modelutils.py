@@ -16,7 +16,8 @@ from transformers import OPTForCausalLM
 import modelutils
 from datautils import eval_tokens
 from families import FAMILIES
-from modelutils import open_decoder
+from formats.checkpoint import write_about
+from modelutils import decoder_of, open_decoder
 from recipe import UsageError
 
 GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
@@ -232,6 +233,21 @@ def test_the_first_token_is_not_put_twice(bpe):
     modelutils.load_tokenizer(folder).save_pretrained(folder)
     assert "TemplateProcessing" in (folder / "tokenizer.json").read_text()
     assert modelutils.load_tokenizer(folder)("word1")["input_ids"].count(2) == 1
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPTNeoXTokenizer"])
+def test_a_saved_tokenizer_begins_each_text_as_before(bpe, kind, tmp_path):
+    """Also one whose class makes nothing of what tokenizer.json says of a first token."""
+    folder, plain = bpe
+    plain.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind, "add_bos_token": True}))
+    tokenizer = modelutils.load_tokenizer(folder)
+    for saved in (tmp_path / "once", tmp_path / "twice"):
+        saved.mkdir()
+        write_about(saved, decoder_of(tiny_model()), tokenizer, {})
+        tokenizer = modelutils.load_tokenizer(saved)
+        assert tokenizer("word1 word2")["input_ids"] == [2, *plain.encode("word1 word2").ids]
 
 
 @pytest.mark.skipif(not GPT2.exists(), reason="no ../shared with GPT-2's vocabulary, which OPT renumbers")

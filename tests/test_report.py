@@ -68,6 +68,7 @@ def test_what_is_printed_under_the_table():
     for part in ("a/model: awrq, W4A8, group -1, float32", "smooth", "3 x 64 tokens of c4 train, seed 0", "evaluation 0.0", "host"):
         assert part in text, text
     assert "calibrated" not in describe(run_report("--method full")[0])
+    assert "calibrated" not in describe(run_report("--method rtn --wbits 4")[0])
 
 
 def test_table():

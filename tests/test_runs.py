@@ -254,6 +254,10 @@ def test_what_is_saved_is_loaded_and_exported(json_of, cli, tiny_opt, corpora, t
     assert status == 0 and not err and "kernel: torch" in out and "per token" in out, (out, err)
     ppl = [result["results"]["perplexity"]["own"]["ppl"] for result in (run, json.loads(path.read_text()))]
     assert ppl[0] == pytest.approx(ppl[1], rel=1e-3)
+    assert cli(*common[:-1], 32, "--output_path", path)[0] == 0
+    longer = json.loads(path.read_text())
+    assert longer["recipe"] == run["recipe"] and longer["protocol"]["calibration"] == run["protocol"]["calibration"], "of the quantization"
+    assert longer["protocol"]["evaluation"]["own"]["seqlen"] == longer["results"]["perplexity"]["own"]["seqlen"] == 32
     assert cli(tiny_opt, *common, "--compare_full", "--benchmark", 12, "--benchmark_prefill", 20, "--output_path", path)[0] == 0
     both = json.loads(path.read_text())
     for part, tokens in (("benchmark", 12), ("prefill", 20)):

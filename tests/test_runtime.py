@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -54,6 +55,27 @@ def test_a_place_is_found_where_there_is_room(monkeypatch, tmp_path, size, home)
             find_place(size, CPU, tmp_path)
     else:
         assert find_place(size, CPU, tmp_path).home == (home or tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_limit_of_memory_is_met_where_a_container_or_a_batch_system_sets_it(monkeypatch, tmp_path, version):
+    """Of any group above the process's own; the cache of files counts as free."""
+    kind, limit, used, cache = (
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("", "memory.max", "memory.current", "inactive_file")
+    )
+    (tmp_path / "own").write_text(f"9:cpu:/other\n1:{kind}:/job/task\n")
+    for name, most in (("job/task", 2**63 - 4096 if version == 1 else "max"), ("job", 5 << 20)):
+        group = tmp_path / kind / name
+        group.mkdir(parents=True, exist_ok=True)
+        for file, text in ((limit, most), (used, 4 << 20), ("memory.stat", f"anon 7\n{cache} {1 << 20}")):
+            (group / file).write_text(f"{text}\n")
+    monkeypatch.setattr(runtime, "group_memory", partial(runtime.group_memory, tmp_path, tmp_path / "own"))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert (runtime.host_memory().total, runtime.host_memory().available) == (5 << 20, 2 << 20)
+    (tmp_path / "own").unlink()  # as on other systems
+    assert runtime.host_memory().total > 5 << 20
 
 
 def test_a_clock_adds_up():

@@ -52,6 +52,8 @@ def test_loading_a_damaged_checkpoint(refused, spoilt, damage):
         (("--benchmark", 1), ["--benchmark 1", "2 to 64"]),
         (("--benchmark", 65), ["--benchmark 65", "2 to 64"]),
         (("--benchmark_prefill", 65), ["--benchmark_prefill 65", "1 to 64"]),
+        (("--seqlen", 8, "--eval_windows", 1, "--benchmark", 9), ["--benchmark 9", "own has 8 tokens"]),
+        (("--seqlen", 8, "--eval_windows", 1, "--benchmark_prefill", 9), ["--benchmark_prefill 9", "own has 8 tokens"]),
         (("--export", "onnx", "out"), ["--export onnx", "compressed-tensors"]),
     ],
     ids=lambda x: str(x[0]),

@@ -11,6 +11,7 @@ from test_runs import cli as cli
 
 import main
 import opt
+from formats.card import settings_yaml
 from recipe import PRESETS, UsageError
 from run import cli as command_line
 
@@ -23,20 +24,32 @@ def report_of(run, path):
     return path
 
 
+LINES = [
+    PLUS, ("--method", "rtn", "--wbits", "4"), ("--method", "gptq", "--wbits", "4", "--preset", "serve"), ("--method", "full"),
+    ("--method", "gptq", "--wbits", "4", "--act_quant"), ("--method", "smoothquant", "--wbits", "4", "--alpha", "0.7"),
+    ("--method", "act_only", "--rotate"), ("--method", "awrq", "--wbits", "4", "--rest_dtype", "float16"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("script", [opt, main])
-@pytest.mark.parametrize(
-    "line",
-    [PLUS, ("--method", "rtn", "--wbits", "4"), ("--method", "gptq", "--wbits", "4", "--preset", "serve"), ("--method", "full"),
-     ("--method", "gptq", "--wbits", "4", "--act_quant"), ("--method", "smoothquant", "--wbits", "4", "--alpha", "0.7"),
-     ("--method", "act_only", "--rotate"), ("--method", "awrq", "--wbits", "4", "--rest_dtype", "float16")],
-    ids=" ".join,
-)  # fmt: skip
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_the_json_of_a_run_is_its_recipe(script, line, tmp_path):
     run = run_of("MODEL", "--eval", "own", "--seqlen", 64, *line, script=script)
     path = report_of(run, tmp_path / "run.json")
     again = run_of("--recipe", path, "--eval", "own", script=script)
     assert again.recipe == run.recipe and (again.model, again.dtype, again.walk_batch) == ("M", "float32", 2)
     assert again.notes == (f"--recipe {path}: taken as it is",)
+
+
+@pytest.mark.parametrize("script", [opt, main])
+@pytest.mark.parametrize(
+    "line", [*LINES, (*AWRQ, "--smooth", "--min", "0.1"), (*AWRQ, "--smooth", "--min", "0.01"), (*AWRQ, "--act_bits", "16")], ids=" ".join
+)
+def test_the_settings_on_a_card_are_its_recipe(script, line, tmp_path):
+    """Also where a setting is the default of recipes, and that of the scripts is another."""
+    recipe, path = run_of("MODEL", "--eval", "own", *line, script=script).recipe, tmp_path / "card.yaml"
+    path.write_text(settings_yaml(recipe))
+    assert run_of("MODEL", "--eval", "own", "--recipe", path, script=script).recipe == recipe
 
 
 def test_the_same_codes_again(cli, tiny_opt, corpora, tmp_path):

@@ -206,6 +206,11 @@ SPOILT = {  # layout, how it is spoilt, what the message names
         lambda f: edit_index(f / "pytorch_model.bin.index.json", lambda m: m.update({"what": next(iter(m.values()))})),
         ["index.json", "the tensor what", "no shard has"],
     ),
+    "an index that lists nothing by name": (
+        "bin sharded",
+        lambda f: (f / "pytorch_model.bin.index.json").write_text('{"weight_map": ["a"]}'),
+        ["index.json", "damaged", "weight_map"],
+    ),
     "half an index": ("bin sharded", lambda f: truncate(f / "pytorch_model.bin.index.json"), ["index.json", "damaged"]),
 }
 

@@ -1,7 +1,10 @@
 """Folders of ours in transformers' own classes, and whole models that write such folders again."""
 
 import copy
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,9 +158,34 @@ def test_saving_what_was_changed_beside_a_tokenizer(tmp_path):
     (tmp_path / "b" / "awrq-00009-of-00009.safetensors").write_text("of another model")
     model.save_pretrained(tmp_path / "b")
     assert load(tmp_path / "b")(IDS).logits.equal(model(IDS).logits) and not list((tmp_path / "b").glob("*00009*"))
+    assert all(path.is_file() for path in (tmp_path / "b").iterdir())
     with pytest.raises(UsageError, match="variant"):
         model.save_pretrained(tmp_path / "c", variant="fp16")
     assert not (tmp_path / "c").exists()
+
+
+def test_what_cannot_replace_a_model_is_not_lost(tmp_path, monkeypatch):
+    """Where a file cannot be moved there is no model, the rest is beside it, in the same folder, and moving it makes the new model."""
+    saved(tmp_path / "a", tiny_model(*TYPES[2]))
+    model, replace = load(tmp_path / "a"), os.replace
+    model.model.norm.weight.data.mul_(2)
+
+    def fail(source, target):
+        if Path(target) == tmp_path / "a" / "awrq-00002-of-00003.safetensors":
+            raise OSError(errno.ENOSPC, "disk full")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="a: not all .*disk full.*the rest is in ") as e:
+            model.save_pretrained(tmp_path / "a")
+    with pytest.raises(UsageError, match="index.json: missing"):
+        load(tmp_path / "a")
+    (rest,) = (path for path in (tmp_path / "a").iterdir() if path.is_dir())
+    assert str(rest) in str(e.value)
+    for path in rest.iterdir():
+        replace(path, tmp_path / "a" / path.name)
+    assert load(tmp_path / "a")(IDS).logits.equal(model(IDS).logits)
 
 
 @pytest.mark.slow

@@ -219,6 +219,24 @@ def test_generated_text_does_not_depend_on_the_batch(monkeypatch, family, varian
     assert [real.sum(1).tolist() for real in seen] == [sorted((len(prompt.split()) for prompt in prompts), reverse=True)]
 
 
+@pytest.mark.parametrize("missing", [("pad_token",), ("pad_token", "unk_token")], ids=len)
+def test_a_text_that_ends_early_in_a_batch_is_the_one_that_it_is_alone(missing):
+    """What generation puts after its end is no text, whichever special token the tokenizer has; token 0 is a word here."""
+    model, tokenizer = decoder_of(tiny_model("llama", "plain")).materialize(CPU), toy_tokenizer()
+    for name in missing:
+        setattr(tokenizer, name, None)
+    ends = tokenizer.convert_tokens_to_ids("word9")
+
+    def end(_, args, kwargs, out):
+        out.logits[:, -1, model.config.eos_token_id] += 1e6 * (kwargs["input_ids"] == ends).any(1)
+
+    model.register_forward_hook(end, with_kwargs=True)
+    how = {"until": ["word95"], "max_gen_toks": 6, "do_sample": False}
+    asked = [SimpleNamespace(args=(prompt, how)) for prompt in ("word5 word6 word7", "word8 word9")]
+    batched, alone = (QuantizedLM(model, tokenizer, n).generate_until(asked, disable_tqdm=True) for n in (2, 1))
+    assert batched == alone and alone[1] == "" != alone[0]
+
+
 def test_a_token_that_the_model_does_not_know():
     lm = QuantizedLM(quantized(), toy_tokenizer())
     with pytest.raises(ValueError, match=f"{len(WORDS)}.*do not belong together"):
