@@ -70,7 +70,7 @@ PRESETS = {  # defaults that take the place of the published ones; single flags 
     "paper": {},
     "plus": PLUS,
     "serve": PLUS | {"act_sym": True},  # what vLLM can run
-    "best": PLUS | {"target": "residual", "guided": True, "beam": 8, "tune_steps": 64},  # and what takes longer
+    "best": PLUS | {"target": "residual", "guided": True, "beam": 8, "tune_steps": 128},  # and what takes longer
 }
 
 # ---------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real pretrained model at W4A8, W3A8 and W4A6: one JSON per cell, out/real/MODEL/CELL.json.  Finished cells are skipped; a failed one stops
-# no other.  scripts/real_model.py makes the model.  About four hours on 2 cores; the table can be had from what is there.
+# no other.  scripts/real_model.py makes the model.  About five hours on 2 cores; the table can be had from what is there.
 #
 #   bash scripts/real.sh --data_dir DIR          every cell; further flags go to each main.py
 #   CELLS="plus awrq" BITS=w4a8 SEEDS="0 1 2" bash scripts/real.sh --data_dir DIR    some of them
@@ -28,6 +28,7 @@ plus         --method awrq --preset plus
 plus-tuned   --method awrq --preset plus --tune_steps 64
 serve        --method awrq --preset serve
 best         --method awrq --preset best
+best-untuned --method awrq --preset best --tune_steps 0
 "
 CELLS=${CELLS:-$(awk '{print $1}' <<< "$options")}
 

@@ -390,7 +390,7 @@ def test_a_preset_sets_what_a_single_option_overrides():
     served = recipe_of(opt, "--method awrq --wbits 4 --preset serve")
     assert served == replace(recipe, act_sym=True) and recipe_name(vars(served)) == "awrq W4A8, serve"
     best = recipe_of(opt, "--method awrq --wbits 4 --preset best")
-    assert best == replace(recipe, target="residual", guided=True, beam=8, tune_steps=64) and recipe_name(vars(best)) == "awrq W4A8, best"
+    assert best == replace(recipe, target="residual", guided=True, beam=8, tune_steps=128) and recipe_name(vars(best)) == "awrq W4A8, best"
     changed = recipe_of(opt, "--method awrq --wbits 4 --preset plus --clip none --no-actorder")
     assert (changed.clip, changed.actorder) == ("none", False)
     assert recipe_name(vars(changed)) == "awrq W4A8, plus, clip none, no actorder"

@@ -130,7 +130,7 @@ def test_the_scripts_take_the_python_of_make_where_it_is(sweep, tmp_path):
     shutil.copy(tmp_path / "bin/python", python)
     (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 9\n")
     done, calls = sweep(script="real.sh", BITS="w4a8")
-    assert done.returncode == 0 and len(calls) == 10
+    assert done.returncode == 0 and len(calls) == 11
     python.write_text("#!/bin/sh\nexit 9\n")
     assert sweep(script="real.sh", BITS="w3a8")[0].returncode == 1
 
@@ -138,7 +138,7 @@ def test_the_scripts_take_the_python_of_make_where_it_is(sweep, tmp_path):
 def test_every_cell_of_the_real_model_is_a_command_that_main_takes(sweep, tmp_path):
     done, calls = sweep("--data_dir", "my data", script="real.sh")
     assert done.returncode == 0, done.stderr
-    assert len(calls) == 1 + 9 * 3
+    assert len(calls) == 1 + 10 * 3
     for script, *argv in calls:
         assert script == str(tmp_path / "my repo/main.py")
         args, recipe = parsed(main, argv, 8192)
@@ -147,7 +147,8 @@ def test_every_cell_of_the_real_model_is_a_command_that_main_takes(sweep, tmp_pa
         assert (recipe.method, f"w{recipe.wbits}a{recipe.act_bits}") == ("awrq" if preset else method, bits) and seed == "0"
         expected = Recipe(recipe.method, recipe.wbits, recipe.act_bits, min=0.01, calib_data="c4-joined", nsamples=64, seqlen=512)
         smooth = rest == ["smooth"] or method == "smoothquant"
-        assert recipe == replace(expected, **{"smooth": smooth, "tune_steps": 64 * ("tuned" in rest)} | preset), argv
+        last = {"tune_steps": 0} if "untuned" in rest else {}
+        assert recipe == replace(expected, **{"smooth": smooth, "tune_steps": 64 * ("tuned" in rest)} | preset | last), argv
         assert args.corpora == ("wikitext2", "c4-joined") and args.eval_windows == (0, 24)
 
 
