@@ -149,7 +149,7 @@ def main(args):
         raise UsageError("no GPU: PyTorch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     library, gpu = cuda.library(device), torch.cuda.get_device_name(device)
-    table = kept(cuda.tables().get(gpu)) | {"measured": True, "torch": torch.__version__, "cuda": torch.version.cuda}
+    table = kept(cuda.tables().get(gpu)) | {"torch": torch.__version__, "cuda": torch.version.cuda}
     for rows, columns in layers(args.models):
         for groupsize in args.groupsize:
             entries = tune_layer(library, device, rows, columns, groupsize, args.leave_out)
